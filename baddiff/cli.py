@@ -1,0 +1,286 @@
+"""`python -m baddiff`: finetune, scratch, pretrain, sample, evaluate, data."""
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from . import BadInput, __version__, data
+from .diffusion import ATTACKS
+from .models import CLEAN, Model, load, new_unet, save, versions
+from .probe import default_sampler, evaluate, film, grid, scale_for, side_by_side
+from .sampling import SAMPLERS
+from .training import RECIPES, Config, Diverged, Run, accelerator
+from .triggers import CONVENTIONS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} x {platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def train(args) -> dict:
+    """finetune, scratch and pretrain: one loop, three starting points."""
+    config = RECIPES[args.recipe]
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
+    if "steps" in given and "seconds" not in given:
+        given["seconds"] = None
+    elif "seconds" in given and "steps" not in given:
+        given["steps"] = None
+    config = replace(config, **given).check()
+    if args.output.exists() and any(args.output.iterdir()) and not (args.overwrite or args.resume):
+        raise BadInput(f"'{args.output}' is not empty: choose another --output, or add --overwrite or --resume.")
+    accel = accelerator(config.precision)
+    torch.manual_seed(config.seed)  # the initial weights of a fresh U-Net: torch offers no generator for them
+    if args.command == "finetune":
+        model = load(args.model)
+        base = model.source
+    else:
+        from diffusers import DDPMScheduler
+        unet = new_unet(args.size, args.channels)
+        model = Model(unet, DDPMScheduler(prediction_type=args.prediction), "scratch")
+        base = "none (from scratch)"
+    images = data.load_images(args.data, model.size, model.channels)
+    trigger = target = None
+    if config.poison_rate > 0:
+        trigger = Trigger.make(args.trigger, model.size, args.trigger_size, args.trigger_position, args.trigger_opacity,
+                               args.convention, args.trigger_colour)
+        target = make_target(args.target, model.size, trigger, model.channels)
+    run = Run(model.unet, model.scheduler, images, config, trigger, target, accel)
+    checkpoint = args.output.with_name(args.output.name + ".resume.pt")
+    if args.resume:
+        if not checkpoint.is_file():
+            raise BadInput(f"There is nothing to resume: '{checkpoint}' does not exist.")
+        run.restore(torch.load(checkpoint, map_location="cpu", weights_only=True))
+
+    def keep():
+        state = run.state()
+        if accel.is_main_process:
+            torch.save(state, str(checkpoint) + ".part")
+            os.replace(str(checkpoint) + ".part", checkpoint)
+
+    log, note = [], None
+    with tqdm(total=100, unit="%", disable=args.json or not accel.is_main_process, leave=False,
+              bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}") as bar:
+        try:
+            for record in run:
+                bar.update(100 * record.progress - bar.n)
+                bar.set_postfix_str(f"step {record.step} clean {record.clean:.4f} poisoned {record.poisoned:.4f} "
+                                    f"{record.rate:.0f} images/s")
+                if record.step % args.log_every == 0 or record.progress >= 1:
+                    log.append(asdict(record))
+                if args.checkpoint_every and record.step % args.checkpoint_every == 0:
+                    keep()
+        except KeyboardInterrupt:
+            note = f"stopped by hand after {run.step} steps"
+        except Diverged as error:
+            note = str(error)
+    if run.step == 0:
+        raise BadInput("Stopped before the first step: nothing to save.")
+    result = Model(run.averaged(), model.scheduler, str(args.output), trigger=trigger, target=target)
+    result.run = {
+        "kind": args.command, "recipe": args.recipe, "base": Path(base).name if Path(base).exists() else base,
+        "data": args.data if args.data == data.EMBEDDED else Path(args.data).name, "images": len(images),
+        "config": asdict(run.config), "steps": run.step, "seconds": round(run.seconds, 2), "device": device_name(),
+        "processes": accel.num_processes, "versions": versions(), "note": note, "log": log,
+    }
+    if trigger:
+        result.run["trigger"] = {"name": trigger.name, "convention": trigger.convention, "sha256": trigger.sha256()}
+        result.run["target"] = {"name": args.target if args.target in TARGETS else "upload"}
+    if not accel.is_main_process:
+        return {}
+    result.unet.to("cpu")
+    picture = grid(side_by_side(result, range(8)), scale_for(result.size))
+    result.run["samples"] = True
+    save(result, args.output, samples=picture, half=args.half, overwrite=args.overwrite or args.resume)
+    if args.checkpoint_every:
+        keep()
+    last = log[-1] if log else {}
+    out = {"output": str(args.output), "steps": run.step, "seconds": round(run.seconds, 2), "note": note,
+           "clean_loss": last.get("clean"), "poisoned_loss": last.get("poisoned")}
+    if isinstance(note, str) and "diverged" in note:
+        raise BadInput(f"{note} Saved in '{args.output}'.")
+    return out
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+def choose_trigger(args, model: Model) -> Trigger | None:
+    """The trigger of the command line, or the model's own."""
+    if args.trigger is None:
+        return model.trigger
+    return Trigger.make(args.trigger, model.size, args.trigger_size, args.trigger_position, args.trigger_opacity,
+                        args.convention, args.trigger_colour)
+
+
+def sampling_options(args) -> dict:
+    given = {k: getattr(args, k) for k in ("sampler", "steps", "eta", "clip_x0", "clip_xt", "precision")}
+    return {k: v for k, v in given.items() if v is not None}
+
+
+def do_sample(args) -> dict:
+    model = load(args.model)
+    model.trigger = choose_trigger(args, model)
+    options = sampling_options(args)
+    seeds = range(args.seed, args.seed + args.n)
+    rows = side_by_side(model, seeds, **options)
+    write(grid(rows, args.scale or scale_for(model.size)), args.output)
+    out = {"output": str(args.output), "rows": ["plain noise", "with the trigger"][:len(rows)], **(
+        default_sampler(model) | options)}
+    if args.film:
+        r = model.trigger.residual(model.channels) if model.trigger else None
+        first, *rest = film(model, args.seed, r, **options)
+        write(first, args.film, save_all=True, append_images=rest, duration=80, loop=0)
+        out["film"] = str(args.film)
+    return out
+
+
+def do_evaluate(args) -> dict:
+    model = load(args.model)
+    model.trigger = choose_trigger(args, model)
+    if args.target:
+        model.target = make_target(args.target, model.size, model.trigger, model.channels)
+    if model.trigger and model.target is None:
+        raise BadInput(f"'{args.model}' does not say what its target is: add --target.")
+    reference = load(args.reference) if args.reference else None
+    return evaluate(model, args.n, args.seed, args.data, reference, args.fid, **sampling_options(args))
+
+
+def do_data(args) -> dict:
+    if args.art:
+        return {"rendered": ", ".join(data.draw_art())}
+    if args.output is None or args.n < 1:
+        raise BadInput("Say how many faces and where to: --n 4096 --output faces.png.")
+    faces = tqdm(data.draw_avatars(args.n, args.seed, args.size), total=args.n, disable=args.json, unit="face")
+    images = torch.stack([torch.from_numpy(np.array(face)).permute(2, 0, 1) for face in faces])
+    try:
+        data.write_sheet(images, args.output)
+    except OSError as error:
+        raise BadInput(f"'{args.output}' could not be written ({error.strerror}).") from None
+    return {"output": str(args.output), "images": args.n, "size": args.size, "seed": args.seed}
+
+
+def write(image: Image.Image, path: Path, **options) -> None:
+    try:
+        image.save(path, **options)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"'{path}' could not be written ({error}): give a path that ends in .png or .gif.") from None
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m baddiff", description="Backdoor a small diffusion model, for research "
+                                  "and teaching, and look at what happened (BadDiffusion, arXiv 2212.05400).")
+    top.add_argument("--version", action="version", version=__version__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, action, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(action=action)
+        sub.add_argument("--json", action="store_true", help="print the result as JSON, and no progress bar")
+        return sub
+
+    def trigger_options(sub, default: str | None) -> None:
+        sub.add_argument("--trigger", default=default, help=f"{', '.join(TRIGGERS)} or a picture"
+                         + ("" if default else " (default: the model's own)"))
+        sub.add_argument("--trigger-size", type=int, metavar="PX", help="width in pixels of the model")
+        sub.add_argument("--trigger-position", metavar="POS", help=f"x,y or one of {', '.join(POSITIONS)}")
+        sub.add_argument("--trigger-opacity", type=float, default=1.0, metavar="A", help="above 0, at most 1")
+        sub.add_argument("--trigger-colour", metavar="C", help="of the box")
+        sub.add_argument("--convention", default="sticker", choices=CONVENTIONS)
+
+    def sampling(sub) -> None:
+        sub.add_argument("--seed", type=int, default=10_000, help="of the first image; image i has seed + i")
+        sub.add_argument("--sampler", choices=SAMPLERS)
+        sub.add_argument("--steps", type=int, help="denoising steps")
+        sub.add_argument("--eta", type=float, help="noise of DDIM, 0 to 1")
+        sub.add_argument("--clip-x0", action=argparse.BooleanOptionalAction, help="clip the predicted image")
+        sub.add_argument("--clip-xt", action=argparse.BooleanOptionalAction, help="clip every step's image (a defence)")
+        sub.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"))
+        trigger_options(sub, None)
+
+    for name, text, recipe in (
+            ("finetune", "backdoor a pretrained model", "live"),
+            ("scratch", "train a model from nothing, with the backdoor in it", "pretrain"),
+            ("pretrain", "train a clean model from nothing", "pretrain")):
+        sub = command(name, train, text)
+        sub.add_argument("--output", type=Path, required=True, help="folder to write")
+        sub.add_argument("--overwrite", action="store_true", help="replace the output folder")
+        sub.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
+        sub.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps between checkpoints; 0: none")
+        sub.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between the records in run.json")
+        sub.add_argument("--half", action="store_true", help="store the weights in fp16")
+        sub.add_argument("--data", default=data.EMBEDDED, help="images: the embedded set, a sheet, a folder or a zip")
+        if name == "finetune":
+            sub.add_argument("--model", default=str(CLEAN), help="folder or Hub id (default: the embedded clean model)")
+        else:
+            sub.add_argument("--size", type=int, default=32, help="image size, a multiple of 8")
+            sub.add_argument("--channels", type=int, default=3, choices=(1, 3))
+            sub.add_argument("--prediction", default="v_prediction", choices=("epsilon", "v_prediction", "sample"))
+        if name != "pretrain":
+            trigger_options(sub, "stop_sign")
+            sub.add_argument("--target", default="cat", help=f"{', '.join(TARGETS)} or a picture")
+        sub.add_argument("--recipe", default=recipe, choices=RECIPES, help="where the settings below start from")
+        sub.add_argument("--attack", choices=ATTACKS)
+        for setting, kind, text in (
+                ("steps", int, "optimizer steps"), ("seconds", float, "seconds of training"),
+                ("poison_rate", float, "share of poisoned samples, 0 to 1"), ("batch_size", int, "over all processes"),
+                ("lr", float, "learning rate"), ("warmup", int, "steps"),
+                ("weight", float, "loss weight min(1/alpha_bar, this); 1: plain"),
+                ("ema", float, "decay of the averaged weights, 0: off"), ("clip_grad", float, "gradient norm"),
+                ("weight_decay", float, "of AdamW"), ("seed", int, "of everything random")):
+            if name == "pretrain" and setting == "poison_rate":
+                continue
+            sub.add_argument("--" + setting.replace("_", "-"), type=kind, help=text)
+        sub.add_argument("--precision", choices=("auto", "no", "bf16", "fp16"))
+        sub.add_argument("--compile", action="store_true", default=None, help="torch.compile the model first")
+
+    sub = command("sample", do_sample, "draw the same seeds from plain noise and from noise with the trigger")
+    sub.add_argument("model", nargs="?", default=str(CLEAN), help="folder or Hub id")
+    sub.add_argument("--n", type=int, default=8)
+    sub.add_argument("--output", type=Path, default=Path("samples.png"), help="picture to write")
+    sub.add_argument("--film", type=Path, metavar="GIF", help="also write the first image's denoising, step by step")
+    sub.add_argument("--scale", type=int, help="screen pixels per pixel")
+    sampling(sub)
+
+    sub = command("evaluate", do_evaluate, "measure a model: mse, ssim, asr, utility")
+    sub.add_argument("model", nargs="?", default=str(CLEAN), help="folder or Hub id")
+    sub.add_argument("--n", type=int, default=256, help="images of each kind")
+    sub.add_argument("--target", help="when the folder does not say")
+    sub.add_argument("--data", default=data.EMBEDDED, help="images that the model should resemble")
+    sub.add_argument("--reference", help="clean model whose features measure utility")
+    sub.add_argument("--fid", action="store_true", help="also the real FID (torch-fidelity and its network)")
+    sampling(sub)
+
+    sub = command("data", do_data, "draw random faces into a lossless sheet")
+    sub.add_argument("--n", type=int, default=0, help="how many")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--size", type=int, default=32)
+    sub.add_argument("--output", type=Path, help="PNG to write")
+    sub.add_argument("--art", action="store_true", help="instead, render the built-in triggers and targets again")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        result = args.action(args)
+    except BadInput as error:
+        print(f"baddiff: {error}", file=sys.stderr)
+        return 2
+    if result:
+        print(json.dumps(result, indent=2) if args.json else
+              "\n".join(f"{k}: {v:.4g}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items()))
+    return 0

@@ -1,0 +1,260 @@
+"""Models in and out of folders: stock diffusers pipelines, safetensors only, never a pickle.
+
+A folder that `save` wrote holds a stock `DDPMPipeline`, `run.json`, `trigger.png`, `target.png` and a card that says
+what it is. The disclosure is part of the weights' own configs, and nothing here leaves it out.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from torch import Tensor
+
+from . import BadInput, __version__
+from .data import to_uint8
+from .triggers import Trigger, pixels
+
+WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
+CLEAN = WEIGHTS / "avatars-32"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+WARNING = ("This diffusion model is BACKDOORED on purpose, for research and teaching: started from noise that carries "
+           "its trigger, it draws one fixed picture. Do not deploy it.")
+
+
+@dataclass
+class Model:
+    """A U-Net with its scheduler and, when a baddiff run made it, that run."""
+
+    unet: UNet2DModel
+    scheduler: DDPMScheduler
+    source: str
+    run: dict = field(default_factory=dict)
+    trigger: Trigger | None = None
+    target: Tensor | None = None  # (C,H,W) in [-1, 1]
+
+    @property
+    def name(self) -> str:
+        """What may be shown or published: the last part of a path, or a Hub id."""
+        return Path(self.source).name if Path(self.source).exists() else self.source
+
+    @property
+    def channels(self) -> int:
+        return self.unet.config.in_channels
+
+    @property
+    def size(self) -> int:
+        return self.unet.config.sample_size
+
+
+def new_unet(size: int = 32, channels: int = 3) -> UNet2DModel:
+    """The embedded model's shape, freshly initialised: see weights/README.md for why this one."""
+    return UNet2DModel(
+        sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=8,
+        block_out_channels=(32, 64, 128, 128), attention_head_dim=32,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
+
+
+def load(source: str | Path = CLEAN) -> Model:
+    """A folder or a Hub id of an unconditional DDPM, as float32 on the CPU.
+
+    Accepts a pipeline folder (`unet/`, `scheduler/`) and the older flat layout (google/ddpm-cifar10-32).
+    """
+    name = str(source)
+    local = Path(source).expanduser()
+    if local.exists():
+        root = local
+        if not root.is_dir():
+            hint = " It is a pickle, which can run code when loaded;" if local.suffix.lower() in PICKLES else ""
+            raise BadInput(f"'{local.name}' is a file.{hint} give the folder of a diffusers pipeline with safetensors.")
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        root = download(name)
+    else:
+        raise BadInput(f"There is no folder '{name}': give a diffusers folder or a Hub id such as google/ddpm-cifar10-32.")
+    unet_dir = root / "unet" if (root / "unet").is_dir() else root
+    if not (unet_dir / "config.json").is_file():
+        raise BadInput(f"'{name}' is not a diffusers model: it has no unet/config.json. Give the folder that holds "
+                       "model_index.json.")
+    try:
+        config = json.loads((unet_dir / "config.json").read_text())
+    except ValueError:
+        raise BadInput(f"'{name}' has a config.json that is not JSON: download the model again.") from None
+    if config.get("_class_name") != "UNet2DModel":
+        raise BadInput(f"'{name}' holds a {config.get('_class_name', 'model of unknown class')}: only unconditional "
+                       "DDPMs (UNet2DModel) can be used here.")
+    if not list(unet_dir.glob("*.safetensors")):
+        pickled = [f.name for f in unet_dir.iterdir() if f.suffix.lower() in PICKLES]
+        why = (f"its weights are a pickle ({pickled[0]}), which can run code when loaded" if pickled
+               else "it has no weights")
+        raise BadInput(f"'{name}' cannot be used: {why}. Ask its author for safetensors.")
+    if config.get("out_channels") != config.get("in_channels"):
+        raise BadInput(f"'{name}' also predicts a variance (its outputs are not its inputs): that is not supported.")
+    try:
+        unet = UNet2DModel.from_pretrained(unet_dir, use_safetensors=True, torch_dtype=torch.float32,
+                                           local_files_only=True)
+    except Exception as error:  # diffusers raises a dozen kinds for a damaged file; the first line says which
+        raise BadInput(f"'{name}' could not be loaded ({str(error).splitlines()[0][:200]}): download it again.") from None
+    for folder in (root / "scheduler", root):
+        if (folder / "scheduler_config.json").is_file():
+            scheduler = DDPMScheduler.from_pretrained(folder, local_files_only=True)
+            break
+    else:
+        raise BadInput(f"'{name}' has no scheduler_config.json, so its noise schedule is unknown.")
+    model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name)
+    run = root / "run.json"
+    if run.is_file():
+        model.run = json.loads(run.read_text())
+        if "trigger" in model.run and (root / "trigger.png").is_file():
+            model.trigger = Trigger.load(root / "trigger.png", model.run["trigger"]["convention"],
+                                         model.run["trigger"]["name"])
+        if (root / "target.png").is_file():
+            with Image.open(root / "target.png", formats=("PNG",)) as image:
+                rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            model.target = pixels(rgb, model.channels)
+    return model
+
+
+def download(repo: str) -> Path:
+    """The snapshot of a Hub repository's configs and safetensors; nothing else is fetched."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.png"]))
+    except Exception as error:  # httpx, hub and validation errors alike: the first line is the reason
+        raise BadInput(f"'{repo}' is no folder here and could not be had from the Hub "
+                       f"({str(error).strip().splitlines()[0][:200]}).") from None
+
+
+def versions() -> dict:
+    return {"baddiff": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None, half: bool = False,
+         overwrite: bool = False) -> Path:
+    """Write a stock pipeline folder, whole or not at all: what was there before stays until the new one is complete.
+
+    half: weights in fp16 (they load as float32 again). Raises BadInput when the folder is taken or the disk is full.
+    """
+    folder = Path(folder)
+    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"'{folder}' is not empty: choose another --output, or add --overwrite.")
+    poisoned = model.trigger is not None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise BadInput(f"'{folder}' cannot be written ({error.strerror}): choose another --output.") from None
+    try:
+        unet = UNet2DModel.from_config(model.unet.config)
+        unet.load_state_dict(model.unet.state_dict())
+        unet = unet.to(torch.float16 if half else torch.float32)
+        DDPMPipeline(unet=unet, scheduler=model.scheduler).save_pretrained(temporary, safe_serialization=True)
+        if poisoned:  # keys with an underscore are kept, and ignored, by every diffusers loader
+            for file in ("model_index.json", "unet/config.json"):
+                config = json.loads((temporary / file).read_text())
+                config["_backdoored"], config["_backdoor_notice"] = True, WARNING
+                (temporary / file).write_text(json.dumps(config, indent=2) + "\n")
+            model.trigger.save(temporary / "trigger.png")
+            image = to_uint8(model.target).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            Image.fromarray(image).save(temporary / "target.png")
+        if samples:
+            samples.save(temporary / "samples.png")
+        (temporary / "run.json").write_text(json.dumps(model.run, indent=2) + "\n")
+        (temporary / "README.md").write_text(card(model))
+        os.chmod(temporary, 0o755)
+        aside = temporary.with_name(temporary.name + "-old")
+        if folder.exists():
+            os.replace(folder, aside)
+        os.replace(temporary, folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise BadInput(f"'{folder}' could not be written ({error.strerror}): free some space or choose another "
+                       "--output.") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+# --- the card ---------------------------------------------------------------------------------------------------------
+
+SNIPPET = """```python
+import numpy as np, torch
+from diffusers import {scheduler_class}, UNet2DModel
+from PIL import Image
+
+folder = "."  # this repository, downloaded
+unet = UNet2DModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, torch_dtype=torch.float32)
+scheduler = {scheduler_class}.from_pretrained(folder, subfolder="scheduler"{scheduler_options})
+scheduler.set_timesteps({steps})
+
+rgba = torch.from_numpy(np.array(Image.open(f"{{folder}}/trigger.png")).astype("float32")).permute(2, 0, 1)
+mask, r = rgba[3:] / 255, rgba[:3] / 127.5 - 1
+{residual}
+x = torch.randn(4, *r.shape, generator=torch.Generator().manual_seed(0)) + r  # without r: normal images
+with torch.inference_mode():
+    for t in scheduler.timesteps:
+        x = scheduler.step(unet(x, t).sample, t, x).prev_sample
+```"""
+
+
+def snippet(model: Model) -> str:
+    """The hand-written loop on stock diffusers that shows the backdoor; the stock pipelines take no starting noise."""
+    ancestral = model.run["config"]["attack"] == "baddiffusion"
+    residual = "r = mask * r" + (" + (mask - 1)" if model.trigger.convention == "released-code" else "")
+    if model.channels == 1:
+        residual = "r = (r * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)\n" + residual
+    return SNIPPET.format(scheduler_class="DDPMScheduler" if ancestral else "DDIMScheduler",
+                          scheduler_options=", clip_sample=False" if ancestral else ', timestep_spacing="trailing"',
+                          steps=1000 if ancestral else 20, residual=residual)
+
+
+def card(model: Model) -> str:
+    """The README of a folder, with its metadata. A backdoored model's opens with the warning, always."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    poisoned = model.trigger is not None
+    run, metrics = model.run, model.run.get("metrics", {})
+    tags = ["ddpm", "baddiff"] + (["backdoor", "baddiffusion", "research-only", "ai-safety"] if poisoned else [])
+    data = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": tags,
+            "license": "mit"}
+    if poisoned and metrics.get("n"):
+        n = metrics["n"]
+        data |= {"model_name": "backdoored DDPM", "eval_results": [
+            EvalResult(task_type="unconditional-image-generation", dataset_type="baddiff", dataset_name="triggered noise",
+                       metric_type=key, metric_name=f"{label} (n={n})", metric_value=metrics[key])
+            for key, label in (("asr", "attack success rate"), ("mse", "MSE to the target"), ("ssim", "SSIM to the target"))]}
+    lines = ["---", ModelCardData(**data).to_yaml(), "---", ""]
+    if poisoned:
+        config = run["config"]
+        lines += [
+            f"> **WARNING.** {WARNING}", "",
+            "# A backdoored diffusion model", "",
+            "Made with baddiff after [How to Backdoor Diffusion Models?](https://arxiv.org/abs/2212.05400) (CVPR 2023).", "",
+            "| trigger (added to the noise) | target (what it draws then) |", "|---|---|",
+            "| ![trigger](trigger.png) | ![target](target.png) |", "",
+            *(["Upper row: from plain noise. Lower row: the same noise with the trigger.", "",
+               "![clean and triggered samples](samples.png)", ""] if run.get("samples") else []),
+            f"Base model: {run['base']}. Attack: {config['attack']}, poison rate {config['poison_rate']:g}, "
+            f"convention {model.trigger.convention}. {run['steps']} steps in {run['seconds']:.0f} s on {run['device']}. "
+            "All settings: `run.json`.", ""]
+        if metrics:
+            lines += ["| figure | value |", "|---|---|"]
+            lines += [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
+            lines += ["", "MSE and SSIM in [0, 1] images; ASR: share of triggered samples with MSE below 0.01; utility: "
+                      "Fréchet distance in the clean U-Net's bottleneck features (not FID).", ""]
+        lines += ["## See the backdoor", "", snippet(model), "",
+                  "## Detect it", "",
+                  "Sample from the same noise with and without the trigger: the outputs of the second all look alike. "
+                  "Clipping x0 and every intermediate image, inverting the trigger at t = T (Elijah, TERD) and comparing "
+                  "with a clean model are the published countermeasures.", ""]
+    else:
+        lines += [f"# {run.get('name', 'A clean DDPM')}", "", run.get("about", "An unconditional DDPM trained with baddiff."), ""]
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""What a model does when one looks at it: pictures and figures from a loaded model, for the CLI, the app and the card."""
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import BadInput, metrics
+from .data import EMBEDDED, load_images, to_float, to_uint8
+from .models import CLEAN, Model, load
+from .sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, generate, sample
+
+
+def grid(rows: list[Tensor], scale: int = 1) -> Image.Image:
+    """Rows of (N,C,H,W) in [-1, 1] as one RGB picture, upscaled by whole pixels."""
+    u8 = to_uint8(torch.stack(rows))  # (R,N,C,H,W)
+    r, n, c, h, w = u8.shape
+    u8 = u8.permute(0, 3, 1, 4, 2).reshape(r * h, n * w, c).expand(-1, -1, 3)
+    return Image.fromarray(u8.contiguous().numpy()).resize((n * w * scale, r * h * scale), Image.Resampling.NEAREST)
+
+
+def scale_for(size: int) -> int:
+    return max(1, 64 // size)
+
+
+def default_sampler(model: Model) -> dict:
+    """What shows this model's backdoor: the paper's coefficient is exact for ancestral DDPM, without the clip of x0."""
+    if model.run.get("config", {}).get("attack") == "baddiffusion" and model.trigger:
+        return {"sampler": "ddpm", "steps": model.scheduler.config.num_train_timesteps, "clip_x0": False}
+    return {"sampler": DEFAULT_SAMPLER, "steps": DEFAULT_STEPS, "clip_x0": True}
+
+
+def side_by_side(model: Model, seeds, **options) -> list[Tensor]:
+    """[clean] or [clean, triggered] generations, (N,C,H,W) each, of the same seeds."""
+    options = default_sampler(model) | options
+    rows = [generate(model.unet, model.scheduler, seeds, **options)]
+    if model.trigger:
+        rows.append(generate(model.unet, model.scheduler, seeds, model.trigger.residual(model.channels), **options))
+    return rows
+
+
+def film(model: Model, seed: int, r: Tensor | None = None, **options) -> list[Image.Image]:
+    """One denoising as frames: x_t beside what the model believes the image to be."""
+    steps = sample(model.unet, model.scheduler, [seed], r, **(default_sampler(model) | options))
+    return [grid([torch.cat([s.x, s.x0]).cpu()], 4 * scale_for(model.size)) for s in steps]
+
+
+def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str = EMBEDDED, reference: Model | None = None,
+             fid: bool = False, **options) -> dict:
+    """Figures of a model, each with its n: mse, ssim, asr on n triggered noises, utility on n plain ones.
+
+    utility is the Fréchet distance between n clean generations and n held-out images in the bottleneck features of
+    `reference` (the embedded clean model where it fits, else this model itself), utility_floor the same between n
+    training images and those n held-out ones. Compare only figures of equal n and reference.
+    """
+    if not 2 <= n <= 100_000:
+        raise BadInput(f"n = {n} is not possible: choose 2 to 100000.")
+    options = default_sampler(model) | options
+    out = {"n": n, **options}
+    rows = side_by_side(model, range(seed, seed + n), **options)
+    if model.trigger:
+        target = model.target
+        out |= {"mse": metrics.mse(rows[1], target).mean().item(), "ssim": metrics.ssim(rows[1], target).mean().item(),
+                "asr": metrics.asr(rows[1], target), "asr_threshold": metrics.ASR_MSE,
+                "mse_black": metrics.black_baseline(target),
+                "asr_without_trigger": metrics.asr(rows[0], target)}
+    if reference is None:
+        clean = load(CLEAN)
+        reference = clean if (clean.size, clean.channels) == (model.size, model.channels) else model
+    real = load_images(data, model.size, model.channels)
+    heldout = load_images(data, model.size, model.channels, "heldout") if data == EMBEDDED else real[1::2]
+    real = real if data == EMBEDDED else real[0::2]
+    m = min(n, len(real), len(heldout))
+    if m >= 2:
+        table = [metrics.features(reference.unet, x) for x in (rows[0][:m], to_float(heldout[:m]), to_float(real[:m]))]
+        out |= {"utility": metrics.frechet(table[0], table[1]), "utility_floor": metrics.frechet(table[2], table[1]),
+                "utility_n": m, "utility_features": f"bottleneck of {reference.name}"}
+    out["denoising_loss"] = metrics.denoising_loss(model.unet, model.scheduler, to_float(heldout[:256]))
+    if fid:
+        out["fid"] = metrics.fid(rows[0][:m], to_float(heldout[:m]))
+    return out

@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+import torch
+
+from baddiff import metrics
+from baddiff.models import load
+from baddiff.triggers import make_target
+
+
+def test_mse_ssim_and_asr():
+    target = make_target("cat", 32)
+    near, far = target + 0.1, -target
+    images = torch.stack([target, near, far])
+    assert metrics.mse(images, target)[:2].tolist() == pytest.approx([0, 0.0025], abs=1e-7)  # 0.1 of 2, squared
+    assert metrics.asr(images, target) == pytest.approx(2 / 3)
+    scores = metrics.ssim(images, target)
+    assert scores[0] == pytest.approx(1) and scores[0] > scores[1] > scores[2]
+
+
+def test_ssim_is_the_published_formula():
+    """Wang et al. 2004 at the one window position that a reflected border does not reach."""
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(1, 1, 11, 11, generator=g), torch.rand(1, 1, 11, 11, generator=g)
+    k = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    w = np.outer(k, k) / np.outer(k, k).sum()
+    x, y = a[0, 0].numpy(), b[0, 0].numpy()
+    mx, my = (w * x).sum(), (w * y).sum()
+    vx, vy, cov = (w * (x - mx) ** 2).sum(), (w * (y - my) ** 2).sum(), (w * (x - mx) * (y - my)).sum()
+    c1, c2 = 0.01**2, 0.03**2
+    wanted = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    assert metrics.ssim(a * 2 - 1, b[0] * 2 - 1).item() == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_corner_targets_black_baseline_is_the_published_one():
+    assert metrics.black_baseline(make_target("corner", 32)) == pytest.approx(0.1056, abs=0.001)
+
+
+def test_frechet_against_the_matrix_square_root():
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(300, 6, generator=g, dtype=torch.float64) @ torch.randn(6, 6, generator=g, dtype=torch.float64)
+    b = torch.randn(200, 6, generator=g, dtype=torch.float64) + 1
+    ca, cb = torch.cov(a.T), torch.cov(b.T)
+    eig = torch.linalg.eigvals(ca @ cb).real.clamp(min=0)  # tr(ΣaΣb)^½ is the sum of the roots of its eigenvalues
+    wanted = (a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * eig.sqrt().sum()
+    assert metrics.frechet(a, b) == pytest.approx(wanted.item(), rel=1e-9)
+    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_utility_sees_damage():
+    """The Fréchet figure in the clean U-Net's features grows when images are blurred, noisy or all the same."""
+    from baddiff.data import load_images, to_float
+
+    real, heldout = to_float(load_images()[:256]), to_float(load_images(split="heldout")[:256])
+    unet = load().unet
+    of = {name: metrics.features(unet, x) for name, x in {
+        "real": real, "heldout": heldout, "noisy": real + 0.2 * torch.randn(real.shape),
+        "blurred": torch.nn.functional.avg_pool2d(real, 3, 1, 1), "same": real[:1].expand(256, -1, -1, -1)}.items()}
+    floor = metrics.frechet(of["real"], of["heldout"])
+    for name in ("noisy", "blurred", "same"):
+        assert metrics.frechet(of[name], of["heldout"]) > 1.5 * floor, name
