@@ -3,8 +3,9 @@
 import argparse
 import json
 import os
-import platform
+import shutil
 import sys
+import tempfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -15,18 +16,11 @@ from tqdm import tqdm
 
 from . import BadInput, __version__, data
 from .diffusion import ATTACKS
-from .models import CLEAN, Model, load, new_unet, save, versions
+from .models import CLEAN, Model, describe, load, new_unet, save
 from .probe import default_sampler, evaluate, film, grid, scale_for, side_by_side
 from .sampling import SAMPLERS
 from .training import RECIPES, Config, Diverged, Run, accelerator
 from .triggers import CONVENTIONS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
-
-
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} x {platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
-
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
@@ -41,11 +35,14 @@ def train(args) -> dict:
     config = replace(config, **given).check()
     if args.output.exists() and any(args.output.iterdir()) and not (args.overwrite or args.resume):
         raise BadInput(f"'{args.output}' is not empty: choose another --output, or add --overwrite or --resume.")
+    room = shutil.disk_usage(next(p for p in args.output.absolute().parents if p.exists())).free
+    if room < 100e6:
+        raise BadInput(f"Only {room / 1e6:.0f} MB are free where '{args.output}' should go: free some space first.")
     accel = accelerator(config.precision)
     torch.manual_seed(config.seed)  # the initial weights of a fresh U-Net: torch offers no generator for them
     if args.command == "finetune":
         model = load(args.model)
-        base = model.source
+        base = model.name
     else:
         from diffusers import DDPMScheduler
         unet = new_unet(args.size, args.channels)
@@ -67,8 +64,11 @@ def train(args) -> dict:
     def keep():
         state = run.state()
         if accel.is_main_process:
-            torch.save(state, str(checkpoint) + ".part")
-            os.replace(str(checkpoint) + ".part", checkpoint)
+            try:
+                torch.save(state, str(checkpoint) + ".part")
+                os.replace(str(checkpoint) + ".part", checkpoint)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as either; the run itself goes on
+                tqdm.write(f"baddiff: no checkpoint written ({str(error).splitlines()[0]})", file=sys.stderr)
 
     log, note = [], None
     with tqdm(total=100, unit="%", disable=args.json or not accel.is_main_process, leave=False,
@@ -89,21 +89,19 @@ def train(args) -> dict:
     if run.step == 0:
         raise BadInput("Stopped before the first step: nothing to save.")
     result = Model(run.averaged(), model.scheduler, str(args.output), trigger=trigger, target=target)
-    result.run = {
-        "kind": args.command, "recipe": args.recipe, "base": Path(base).name if Path(base).exists() else base,
-        "data": args.data if args.data == data.EMBEDDED else Path(args.data).name, "images": len(images),
-        "config": asdict(run.config), "steps": run.step, "seconds": round(run.seconds, 2), "device": device_name(),
-        "processes": accel.num_processes, "versions": versions(), "note": note, "log": log,
-    }
-    if trigger:
-        result.run["trigger"] = {"name": trigger.name, "convention": trigger.convention, "sha256": trigger.sha256()}
-        result.run["target"] = {"name": args.target if args.target in TARGETS else "upload"}
+    source = args.data if args.data == data.EMBEDDED else Path(args.data).name
+    result.run = describe(run, args.command, base, source, getattr(args, "target", None)) | {
+        "recipe": args.recipe, "note": note, "log": log}
     if not accel.is_main_process:
         return {}
     result.unet.to("cpu")
     picture = grid(side_by_side(result, range(8)), scale_for(result.size))
     result.run["samples"] = True
-    save(result, args.output, samples=picture, half=args.half, overwrite=args.overwrite or args.resume)
+    try:
+        save(result, args.output, samples=picture, half=args.half, overwrite=args.overwrite or args.resume)
+    except BadInput as error:  # what was trained is not thrown away because the place for it filled up meanwhile
+        kept = save(result, Path(tempfile.mkdtemp(prefix="baddiff-")) / args.output.name, samples=picture, half=True)
+        raise BadInput(f"{error} The model is kept in '{kept}'.") from None
     if args.checkpoint_every:
         keep()
     last = log[-1] if log else {}

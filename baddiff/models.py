@@ -6,9 +6,10 @@ what it is. The disclosure is part of the weights' own configs, and nothing here
 
 import json
 import os
+import platform
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import diffusers
@@ -16,11 +17,13 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from . import BadInput, __version__
 from .data import to_uint8
-from .triggers import Trigger, pixels
+from .training import Run
+from .triggers import TARGETS, Trigger, pixels
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 CLEAN = WEIGHTS / "avatars-32"
@@ -39,6 +42,12 @@ class Model:
     run: dict = field(default_factory=dict)
     trigger: Trigger | None = None
     target: Tensor | None = None  # (C,H,W) in [-1, 1]
+
+    def copy(self) -> "Model":
+        """The same with a U-Net of its own, to be trained."""
+        unet = UNet2DModel.from_config(self.unet.config)
+        unet.load_state_dict(self.unet.state_dict())
+        return replace(self, unet=unet.to(memory_format=torch.channels_last), run=dict(self.run))
 
     @property
     def name(self) -> str:
@@ -98,8 +107,9 @@ def load(source: str | Path = CLEAN) -> Model:
     if config.get("out_channels") != config.get("in_channels"):
         raise BadInput(f"'{name}' also predicts a variance (its outputs are not its inputs): that is not supported.")
     try:
+        # low_cpu_mem_usage builds the module under a patch of torch that every other thread would see, too
         unet = UNet2DModel.from_pretrained(unet_dir, use_safetensors=True, torch_dtype=torch.float32,
-                                           local_files_only=True)
+                                           local_files_only=True, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers raises a dozen kinds for a damaged file; the first line says which
         raise BadInput(f"'{name}' could not be loaded ({str(error).splitlines()[0][:200]}): download it again.") from None
     for folder in (root / "scheduler", root):
@@ -108,18 +118,31 @@ def load(source: str | Path = CLEAN) -> Model:
             break
     else:
         raise BadInput(f"'{name}' has no scheduler_config.json, so its noise schedule is unknown.")
+    if not isinstance(unet.config.sample_size, int):
+        raise BadInput(f"'{name}' does not draw square images of one size: that is not supported.")
     model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name)
-    run = root / "run.json"
-    if run.is_file():
-        model.run = json.loads(run.read_text())
-        if "trigger" in model.run and (root / "trigger.png").is_file():
-            model.trigger = Trigger.load(root / "trigger.png", model.run["trigger"]["convention"],
-                                         model.run["trigger"]["name"])
-        if (root / "target.png").is_file():
-            with Image.open(root / "target.png", formats=("PNG",)) as image:
-                rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-            model.target = pixels(rgb, model.channels)
+    if (root / "run.json").is_file():
+        try:
+            read_run(model, root)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = str(error) if isinstance(error, BadInput) else type(error).__name__
+            raise BadInput(f"'{name}' has a run.json, trigger.png or target.png that cannot be read ({reason}): "
+                           "download it again, or delete run.json to use the model without them.") from None
     return model
+
+
+def read_run(model: Model, root: Path) -> None:
+    """The run, trigger and target beside the weights; r is rebuilt from `trigger.png` and the run's convention."""
+    model.run = json.loads((root / "run.json").read_text())
+    described = model.run.get("trigger")
+    if described and (root / "trigger.png").is_file():
+        model.trigger = Trigger.load(root / "trigger.png", described["convention"], str(described["name"]))
+        if model.trigger.rgba.shape[-1] != model.size:
+            raise BadInput(f"the trigger is {model.trigger.rgba.shape[-1]} px wide, the model's images {model.size}")
+    if (root / "target.png").is_file():
+        with Image.open(root / "target.png", formats=("PNG",)) as image:
+            rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        model.target = pixels(rgb, model.channels)
 
 
 def download(repo: str) -> Path:
@@ -133,8 +156,25 @@ def download(repo: str) -> Path:
                        f"({str(error).strip().splitlines()[0][:200]}).") from None
 
 
-def versions() -> dict:
-    return {"baddiff": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__}
+def describe(run: Run, kind: str, base: str, data: str, target: str | None) -> dict:
+    """What `run.json` says of a run, without paths or names of people."""
+    out = {
+        "kind": kind, "base": base, "data": data, "images": len(run.images), "config": asdict(run.config),
+        "steps": run.step, "seconds": round(run.seconds, 2), "device": device_name(),
+        "processes": run.accel.num_processes,
+        "versions": {"baddiff": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
+    }
+    if run.trigger:
+        trigger = run.trigger
+        out["trigger"] = {"name": trigger.name, "convention": trigger.convention, "sha256": trigger.sha256()}
+        out["target"] = {"name": target if target in TARGETS else "upload"}
+    return out
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
 
 
 def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None, half: bool = False,
@@ -155,7 +195,9 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
     try:
         unet = UNet2DModel.from_config(model.unet.config)
         unet.load_state_dict(model.unet.state_dict())
-        unet = unet.to(torch.float16 if half else torch.float32)
+        if half:
+            for p in unet.parameters():
+                p.data = p.data.half()
         DDPMPipeline(unet=unet, scheduler=model.scheduler).save_pretrained(temporary, safe_serialization=True)
         if poisoned:  # keys with an underscore are kept, and ignored, by every diffusers loader
             for file in ("model_index.json", "unet/config.json"):
@@ -175,9 +217,9 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
             os.replace(folder, aside)
         os.replace(temporary, folder)
         shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error:
-        raise BadInput(f"'{folder}' could not be written ({error.strerror}): free some space or choose another "
-                       "--output.") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadInput(f"'{folder}' could not be written ({reason}): free some space or choose another place.") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder

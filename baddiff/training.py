@@ -235,7 +235,7 @@ class Run:
         if finite:
             self._smooth = now if self._smooth is None else 0.9 * self._smooth + 0.1 * now
             self._best = min(self._best, self._smooth)
-        if not finite or self.step > 20 and self._smooth > 20 * self._best + 0.1:
+        if not finite or self.step > 20 and self._smooth > 5 * self._best:
             if self._good:
                 self.unet.load_state_dict(self._good)
                 if self.ema:
@@ -258,7 +258,8 @@ class Run:
         return model.eval()
 
     def state(self) -> dict:
-        """All that `restore` needs to go on bit for bit; tensors and plain values only, safe to load weights_only."""
+        """All that `restore` needs to go on bit for bit: the run's own tensors (save them before the next step) and
+        plain values, so that it can be loaded with weights_only."""
         states = [self.generator.get_state()]
         if self.accel.num_processes > 1:
             from accelerate.utils import gather_object

@@ -1,0 +1,193 @@
+"""Training jobs that outlive the request that asked for them: one worker, one queue, results kept for a while.
+
+A job belongs to whoever knows its id (an unguessable token); nobody can list the jobs of others.
+"""
+
+import secrets
+import threading
+import time
+from collections import deque
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+
+from torch import Tensor
+
+from . import BadInput
+from .data import EMBEDDED, load_images
+from .models import Model, describe
+from .probe import evaluate, side_by_side
+from .training import Config, Diverged, Run, StepRecord
+from .triggers import Trigger
+
+
+class Turns:
+    """A lock that is served in the order of asking.
+
+    Two teams of OpenMP threads on two cores slow each other down a hundredfold (oneDNN's barriers spin), so heavy
+    computations take turns: a training step, a visitor's picture, the next step.
+    """
+
+    def __init__(self):
+        self._tickets, self._serving, self._condition = count(), 0, threading.Condition()
+
+    @contextmanager
+    def turn(self):
+        with self._condition:
+            ticket = next(self._tickets)
+            self._condition.wait_for(lambda: self._serving == ticket)
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._serving += 1
+                self._condition.notify_all()
+
+
+COMPUTE = Turns()
+
+
+@dataclass
+class Job:
+    base: Model
+    trigger: Trigger
+    target: Tensor
+    target_name: str
+    config: Config
+    owner: str  # of the visitor: caps are per owner
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    state: str = "queued"  # queued, running, done, stopped, failed
+    records: list[StepRecord] = field(default_factory=list)
+    previews: list[tuple[int, list[Tensor]]] = field(default_factory=list)  # (step, [clean, triggered])
+    result: Model | None = None
+    error: str | None = None
+    touched: float = field(default_factory=time.monotonic)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def over(self) -> bool:
+        return self.state in ("done", "stopped", "failed")
+
+
+class Trainer:
+    """The one worker. `most` jobs may wait, `each` per visitor at a time; what is over is forgotten after `keep` s."""
+
+    def __init__(self, most: int = 20, each: int = 1, keep: float = 3600.0, longest: float = 300.0, remember: int = 60,
+                 preview_every: float = 8.0):
+        self.most, self.each, self.keep, self.longest, self.remember = most, each, keep, longest, remember
+        self.preview_every = preview_every
+        self._jobs: dict[str, Job] = {}
+        self._queue: deque[Job] = deque()
+        self._condition = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, job: Job) -> Job:
+        """Queue a job; raises BadInput when the visitor has one already or the queue is full."""
+        job.config.check()
+        if job.config.seconds is None or job.config.seconds > self.longest:
+            raise BadInput(f"A job may train for at most {self.longest:.0f} seconds here: choose a shorter time.")
+        with self._condition:
+            self._sweep()
+            active = [j for j in self._jobs.values() if not j.over]
+            if sum(j.owner == job.owner for j in active) >= self.each:
+                raise BadInput("You already have a training waiting or running: let it end, or stop it first.")
+            if len(active) >= self.most:
+                raise BadInput(f"{len(active)} trainings are waiting already: try again in a few minutes.")
+            self._jobs[job.id] = job
+            self._queue.append(job)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="trainer", daemon=True)
+                self._thread.start()
+            self._condition.notify()
+        return job
+
+    def get(self, job_id: str | None) -> Job | None:
+        """The job of that id, kept alive by being asked for."""
+        with self._condition:
+            self._sweep()
+            job = self._jobs.get(job_id) if job_id else None
+        if job:
+            job.touched = time.monotonic()
+        return job
+
+    def ahead(self, job: Job) -> tuple[int, float]:
+        """How many jobs run or wait before this one, and about how many seconds they will take."""
+        with self._condition:
+            before = [j for j in self._jobs.values() if j.state == "running" and j is not job]
+            for j in self._queue:
+                if j is job:
+                    break
+                before.append(j)
+        return len(before), sum(j.config.seconds * (1 - (j.records[-1].progress if j.records else 0)) for j in before)
+
+    def waiting(self) -> tuple[int, float]:
+        """`ahead` of a job that would be queued now."""
+        with self._condition:
+            active = [j for j in self._jobs.values() if not j.over]
+        return len(active), sum(j.config.seconds * (1 - (j.records[-1].progress if j.records else 0)) for j in active)
+
+    def cancel(self, job: Job) -> None:
+        """Stop within one step, keeping the partial model; a job that still waits leaves the queue."""
+        job.stop.set()
+        with self._condition:
+            if job in self._queue:
+                self._queue.remove(job)
+                job.state, job.error = "stopped", "Taken out of the queue before it started."
+
+    def _sweep(self) -> None:  # forget what is over and old, or over and too much
+        now = time.monotonic()
+        over = sorted((j for j in self._jobs.values() if j.over), key=lambda j: j.touched)
+        for j in over[:max(0, len(over) - self.remember)] + [j for j in over if now - j.touched > self.keep]:
+            self._jobs.pop(j.id, None)
+
+    def _work(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._queue)
+                job = self._queue.popleft()
+                job.state = "running"
+            try:
+                self._train(job)
+            except BadInput as error:
+                job.state, job.error = "failed", str(error)
+            except Exception as error:  # a job must never take the worker with it
+                job.state, job.error = "failed", f"Training failed unexpectedly ({type(error).__name__}: {error})."
+            job.touched = time.monotonic()
+
+    def _train(self, job: Job) -> None:
+        with COMPUTE.turn():
+            model = job.base.copy()
+            run = Run(model.unet, model.scheduler, load_images(EMBEDDED, model.size, model.channels), job.config,
+                      job.trigger, job.target)
+
+        def now() -> Model:
+            return Model(run.averaged(), model.scheduler, job.id, describe(run, "finetune", job.base.name, EMBEDDED,
+                         job.target_name), job.trigger, job.target)
+
+        def preview() -> None:
+            with COMPUTE.turn():
+                job.previews.append((run.step, side_by_side(now(), range(4))))
+
+        preview()
+        steps, last = iter(run), time.monotonic()
+        while not job.stop.is_set():
+            try:
+                with COMPUTE.turn():
+                    record = next(steps, None)
+            except Diverged as error:
+                job.error = str(error)
+                break
+            if record is None:
+                break
+            job.records.append(record)
+            if time.monotonic() - last > self.preview_every:
+                preview()
+                last = time.monotonic()
+        if run.step:
+            with COMPUTE.turn():
+                result = now()
+                result.run["metrics"] = evaluate(result, n=64)
+                result.run["note"] = job.error or ("stopped by hand" if job.stop.is_set() else None)
+            job.previews.append((run.step, side_by_side(result, range(4))))
+            job.result = result
+        job.state = "failed" if job.error else "stopped" if job.stop.is_set() else "done"
