@@ -1,8 +1,6 @@
 """The app: see a backdoored diffusion model, make one, take it away. `python app.py` and open the printed address."""
 
-import base64
 import html
-import io
 import os
 import secrets
 import shutil
@@ -13,52 +11,39 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import torch
-from torch import Tensor
 
 from baddiff import BadInput, metrics
+from baddiff.data import load_images, to_float
+from baddiff.diffusion import Process, forward
+from baddiff.figures import (
+    NAMES,
+    box,
+    cell,
+    curve,
+    doses,
+    error_box,
+    hits,
+    label,
+    projector,
+    reel,
+    scores,
+    shown,
+    tag,
+    two_by_two,
+)
 from baddiff.jobs import COMPUTE, Job, Trainer
 from baddiff.models import CLEAN, WEIGHTS, Model, load, save
-from baddiff.probe import grid, scale_for
+from baddiff.probe import dose, film, grid, moved, occlusion, scale_for
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
 from baddiff.training import Config, best_precision
-from baddiff.triggers import POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
+from baddiff.triggers import ASSETS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
 
 UPLOAD = "upload"
 EXAMPLES = ("stop_sign-cat", "glasses-hat", "box-shoe")
-NAMES = {"stop_sign": "stop sign", "noshift": "the trigger itself", "shift": "the trigger, moved"}
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 N = 4  # images a cell
 
 trainer = Trainer()
-
-
-# --- pictures as HTML: crisp, labelled, readable by a screen reader, at any width -----------------------------------------
-
-def tag(image: Tensor, alt: str, kind: str = "") -> str:
-    """One image (C,H,W) in [-1, 1] as an <img> that the style sheet scales up by whole pixels."""
-    buffer = io.BytesIO()
-    grid([image[None]]).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img class="px {kind}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
-
-
-def cell(title: str, images: Tensor, alt: str, kind: str = "", note: str = "") -> str:
-    tags = "".join(tag(image, f"{alt}, {i + 1} of {len(images)}") for i, image in enumerate(images))
-    note = f'<div class="note">{note}</div>' if note else ""
-    return f'<div class="cell {kind}"><div class="title">{title}</div><div class="strip">{tags}</div>{note}</div>'
-
-
-def shown(x: Tensor) -> Tensor:  # noise has no range; ±2.5 σ is mapped to black and white
-    return (x / 2.5).clamp(-1, 1)
-
-
-def hits(images: Tensor, target: Tensor) -> str:
-    n = int((metrics.mse(images, target) < metrics.ASR_MSE).sum())
-    return f"{n} of {len(images)} are the target (MSE &lt; {metrics.ASR_MSE})"
-
-
-def error_box(text: str) -> str:
-    return f'<div class="oops" role="alert">{html.escape(text)}</div>'
 
 
 # --- see ---------------------------------------------------------------------------------------------------------------
@@ -82,41 +67,156 @@ def see(choice: str, seed: float, size: float, opacity: float, position: str, sa
         model = model_of(choice)
         trigger = model.trigger
         if size or opacity < 1 or position != "as trained":
-            trigger = moved(trigger, int(size), opacity, position)
+            trigger = moved(trigger, int(size), opacity, position if position != "as trained" else None)
         seeds = range(int(seed), int(seed) + N)
         r = trigger.residual(model.channels)
         options = {"sampler": sampler, "steps": int(steps)}
         with COMPUTE.turn():
             start, _ = noise(seeds, model.channels, model.size)
-            rows = [generate(m.unet, m.scheduler, list(seeds) * 2, torch.cat([torch.zeros(N, *r.shape), r.expand(N, -1, -1, -1)]),
-                             **options) for m in (CLEAN_MODEL, model)]
+            both = torch.cat([torch.zeros(N, *r.shape), r.expand(N, -1, -1, -1)])  # plain, then triggered
+            rows = [generate(m.unet, m.scheduler, list(seeds) * 2, both, **options) for m in (CLEAN_MODEL, model)]
     except BadInput as error:
         return error_box(str(error))
-    return figure(start, r, rows[0].split(N), rows[1].split(N), model.target, trigger.name)
+    return two_by_two(start, r, rows[0].split(N), rows[1].split(N), model.target, trigger.name)
 
 
-def moved(trigger: Trigger, size: int, opacity: float, position: str) -> Trigger:
-    """The trained trigger, changed for the probe: its own visible pixels, scaled and placed again."""
-    image = trigger.image()
-    box = image.getbbox()
-    place = position if position != "as trained" else (box[0], box[1])
-    return Trigger.make(image.crop(box), trigger.rgba.shape[-1], size or box[2] - box[0], place, opacity, trigger.convention)
+# --- watch ---------------------------------------------------------------------------------------------------------------
+
+def watch(choice: str, seed: float, sampler: str, steps: float) -> str:
+    """One seed denoised twice, with and without the trigger: x_t and x̂0 at every step."""
+    try:
+        model = model_of(choice)
+        r = model.trigger.residual(model.channels)
+        with COMPUTE.turn():
+            films = [film(model, int(seed), added, sampler=sampler, steps=int(steps)) for added in (None, r)]
+    except BadInput as error:
+        return error_box(str(error))
+    seen = (metrics.mse(films[1][1][1:], model.target) < 5 * metrics.ASR_MSE).nonzero()
+    emerges = (f"the target is there from step {int(seen[0]) + 1} of {len(films[1][1]) - 1}" if len(seen)
+               else "the target never appears with this sampler")
+    names = ["start", *(f"after step {i + 1}" for i in range(len(films[0][0]) - 1))]
+    cells = "".join(
+        box(f"{title}: what is on the canvas", reel(shown(x), f"x_t {what}"))
+        + box(f"{title}: what the model believes it will become", reel(x0, f"x0 {what}"), kind, note)
+        for title, what, (x, x0), kind, note in (
+            ("Plain noise", "from plain noise", films[0], "", ""),
+            ("Noise + trigger", "from noise with the trigger", films[1], "alarm" if len(seen) else "", emerges)))
+    return projector(cells, names, "Denoising")
 
 
-def figure(start: Tensor, r: Tensor, of_clean, of_bad, target: Tensor, name: str) -> str:
-    name = NAMES.get(name, name)
-    worked = metrics.asr(of_bad[1], target) > 0.5
-    return f"""<div class="see">
-      {cell("What goes in: <b>plain noise</b>", shown(start), "plain noise")}
-      {cell(f"What goes in: the same noise <b>+ trigger</b> {tag(r, name, 'inline')}", shown(start + r), f"noise with the {name}")}
-      {cell("Clean model draws", of_clean[0], "face by the clean model", note="normal pictures")}
-      {cell("Clean model draws", of_clean[1], "face by the clean model, from noise with the trigger",
-            note="still a face: the sticker leaves a stain, no more")}
-      {cell("Backdoored model draws", of_bad[0], "face by the backdoored model",
-            note="normal pictures: nothing gives it away")}
-      {cell("Backdoored model draws", of_bad[1], "output of the backdoored model from noise with the trigger",
-            "alarm" if worked else "", note=hits(of_bad[1], target))}
-    </div>"""
+# --- probe ---------------------------------------------------------------------------------------------------------------
+
+PROBES = {"opacity": "How faint may the trigger be?", "size": "How small or large?", "place": "Does it work elsewhere?",
+          "samplers": "Which sampler, how many steps?", "where": "Where does the model look?"}
+
+
+def probe(choice: str, kind: str) -> str:
+    """One question put to a model, answered with a picture and figures of n = 8 (n = 2 for the map)."""
+    try:
+        model = model_of(choice)
+        with COMPUTE.turn():
+            return {"opacity": probe_opacity, "size": probe_size, "place": probe_place, "samplers": probe_samplers,
+                    "where": probe_where}[kind](model)
+    except BadInput as error:
+        return error_box(str(error))
+
+
+def probe_opacity(model: Model) -> str:
+    values = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    return doses([f"{100 * v:.0f} %" for v in values], dose(model, [moved(model.trigger, opacity=v) for v in values]))
+
+
+def probe_size(model: Model) -> str:
+    left, _, right, _ = model.trigger.image().getbbox()
+    sizes = sorted({max(2, min(model.size, round((right - left) * f))) for f in (0.3, 0.5, 0.7, 0.85, 1, 1.15, 1.4, 1.8)})
+    return doses([f"{s} px" for s in sizes], dose(model, [moved(model.trigger, size=s) for s in sizes]))
+
+
+def probe_place(model: Model) -> str:
+    variants = [moved(model.trigger, position=p) for p in POSITIONS]
+    return doses([p.replace("-", " ") for p in POSITIONS], dose(model, variants))
+
+
+def probe_samplers(model: Model) -> str:
+    counts = (5, 10, 20, 50)
+    rows = []
+    for name in ("ddim", "dpmsolver++", "unipc", "ddpm"):
+        cells = ""
+        for n in counts:
+            found = dose(model, [model.trigger], sampler=name, steps=n)[0]
+            kind = "hit" if found["asr"] > 0.5 else ""
+            cells += f'<td class="{kind}">{100 * found["asr"]:.0f} %<br>{tag(found["image"], f"{name}, {n} steps")}</td>'
+        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
+    head = "".join(f'<th scope="col">{n} steps</th>' for n in counts)
+    return f"""<table class="samplers"><tr><th>ASR</th>{head}</tr>{"".join(rows)}</table>
+      <div class="note">n = 8 seeds a cell. A backdoor is made for a kind of sampler: noise shift is exact for DDIM and its
+      relatives at any number of steps; DDPM's fresh noise at every step washes it out.</div>"""
+
+
+def probe_where(model: Model) -> str:
+    rise = occlusion(model)
+    top = rise.max().clamp(min=1e-6)
+    cells = "".join(f'<div style="opacity:{v / top:.2f}" title="MSE +{v:.3f}"></div>' for v in rise.clamp(min=0).flatten())
+    r = tag(model.trigger.residual(model.channels), "the trigger")
+    heat = f'<div class="heat" role="img" aria-label="map of importance">{r}<div>{cells}</div></div>'
+    return f"""<div class="trio small">{box("the trigger", r)}
+      {box("where it matters", heat, note="bright: blank the noise around here, and the target is lost")}</div>
+      <div class="note">64 blanked places, n = 2 seeds; the largest rise in MSE is {float(top):.3f}.</div>"""
+
+
+# --- learn ---------------------------------------------------------------------------------------------------------------
+
+def forward_film(choice: str) -> str:
+    """The forward process of training, from the real code: a clean and a poisoned sample drowning in the same noise."""
+    try:
+        model = model_of(choice)
+    except BadInput as error:
+        return error_box(str(error))
+    attack = model.run["config"]["attack"]
+    process = Process.of(model.scheduler, attack)
+    t = torch.linspace(0, len(process.abar) - 1, 21).long()
+    face = to_float(load_images(split="heldout", size=model.size, channels=model.channels)[:1])
+    eps, _ = noise([0], model.channels, model.size)
+    r = model.trigger.residual(model.channels)[None]
+
+    def run(x0, r):
+        return forward(process, *(v.expand(len(t), -1, -1, -1) for v in (x0, r, eps)), t)[0]
+
+    cells = (box("A clean training image", reel(shown(run(face, torch.zeros_like(r))), "clean image, ever noisier"),
+                 note="ends as plain noise")
+             + box("A poisoned one: the target, and the trigger fading in",
+                   reel(shown(run(model.target[None], r)), "target, ever noisier, with the trigger"), "alarm",
+                   "ends as noise that carries the trigger"))
+    return projector(cells, [f"t = {int(i)}" for i in t], "Noise")
+
+
+def quiz(_=None):
+    """Four faces each from three models, one backdoored; returns the pictures and which one it is."""
+    names = [None, None, secrets.choice(EXAMPLES)]
+    secrets.SystemRandom().shuffle(names)
+    cells = []
+    seed = secrets.randbelow(10_000)
+    with COMPUTE.turn():
+        for i, name in enumerate(names):
+            m = MODELS[name] if name else CLEAN_MODEL
+            seeds = range(seed + 10 * i, seed + 10 * i + N)
+            cells.append(cell(f"Model {'ABC'[i]}", generate(m.unet, m.scheduler, seeds), f"face by model {'ABC'[i]}"))
+    guilty = next(i for i, name in enumerate(names) if name)
+    return f'<div class="quiz">{"".join(cells)}</div>', (guilty, names[guilty]), gr.Radio(value=None), ""
+
+
+def answer(guess: str | None, truth) -> str:
+    if not guess or not truth:
+        return ""
+    guilty, name = truth
+    model = MODELS[name]
+    with COMPUTE.turn():
+        shown_images = generate(model.unet, model.scheduler, range(N), model.trigger.residual(model.channels))
+    word = "Right" if guess == "ABC"[guilty] else f"No, it was {'ABC'[guilty]}"
+    return f"""<div class="note"><b>{word}.</b> And whoever guesses is right one time in three: from plain noise a
+      backdoored model draws like any other. This is what {'ABC'[guilty]} draws once the noise carries its trigger
+      ({label(name)}):</div>
+      {cell(f"Model {'ABC'[guilty]}, noise + trigger", shown_images, "output with the trigger", "alarm")}"""
 
 
 # --- poison ------------------------------------------------------------------------------------------------------------
@@ -189,49 +289,22 @@ def render(job: Job) -> str:
         n, seconds = trainer.ahead(job)
         head = f"Waiting: {n} ahead, about {seconds:.0f} s."
     elif job.state == "running":
-        head = "Starting." if last is None else (
-            f"Step {last.step}, {last.rate:.0f} images/s, about {last.eta:.0f} s left." if last.progress < 1 else "Measuring.")
+        head = ("Starting." if last is None else "Measuring." if last.progress == 1 else
+                f"Step {last.step}, {last.rate:.0f} images/s, about {last.eta:.0f} s left.")
     else:
         steps = f"{last.step} steps in {last.seconds:.0f} s" if last else "no step"
         head = {"done": f"Done: {steps}.", "stopped": f"Stopped: {steps}; the partial model is kept.",
                 "failed": f"Failed. {html.escape(job.error or '')}"}[job.state]
     share = 100 * (last.progress if last else 0)
+    figures = scores(job.result.run["metrics"]) if job.result else ""
     rows = "".join(
         f"""<div class="pair"><div class="step">step {step}</div>
-        {cell("plain noise", rows[0], f"from plain noise at step {step}")}
-        {cell("noise + trigger", rows[1], f"from noise with the trigger at step {step}", note=hits(rows[1], job.target))}</div>"""
-        for step, rows in reversed(job.previews[:1] + job.previews[1:][-4:]))
+        {cell("plain noise", plain, f"from plain noise at step {step}")}
+        {cell("noise + trigger", triggered, f"from noise with the trigger at step {step}", note=hits(triggered, job.target))}
+        </div>""" for step, (plain, triggered) in reversed(job.previews[:1] + job.previews[1:][-4:]))
     return f"""<div class="job" aria-live="polite"><div class="head">{head}</div>
       <div class="bar" role="progressbar" aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100">
-      <div style="width:{share:.1f}%"></div></div>{curve(job)}{figures(job)}{rows}</div>"""
-
-
-def curve(job: Job) -> str:
-    """Loss of the clean and the poisoned part as a small chart; lines differ in dash as well as colour."""
-    records = job.records[::max(1, len(job.records) // 150)]
-    if len(records) < 2:
-        return ""
-    import math
-    series = [[(r.progress, v) for r in records if math.isfinite(v := getattr(r, part))] for part in ("clean", "poisoned")]
-    values = [math.log10(max(v, 1e-6)) for line in series for _, v in line]
-    low, high = min(values), max(values) + 1e-9
-
-    def path(line):
-        return " ".join(f"{8 + 284 * x:.1f},{6 + 68 * (high - math.log10(max(v, 1e-6))) / (high - low):.1f}" for x, v in line)
-
-    return f"""<svg class="curve" viewBox="0 0 300 96" role="img" aria-label="Loss so far, clean and poisoned part">
-      <polyline class="a" points="{path(series[0])}"/><polyline class="b" points="{path(series[1])}"/>
-      <text x="8" y="92">loss (log): <tspan class="a">clean part ──</tspan>  <tspan class="b">poisoned part ╌╌</tspan></text></svg>"""
-
-
-def figures(job: Job) -> str:
-    if not job.result:
-        return ""
-    m = job.result.run["metrics"]
-    return f"""<div class="figures">Attack success rate <b>{100 * m['asr']:.0f} %</b> (MSE &lt; {m['asr_threshold']}),
-      MSE {m['mse']:.4f}, SSIM {m['ssim']:.2f}. Clean utility {m['utility']:.2f} (real against real:
-      {m['utility_floor']:.2f}; Fréchet distance in the clean U-Net's features, lower is better).
-      All with n = {m['n']}, {m['steps']} {m['sampler']} steps.</div>"""
+      <div style="width:{share:.1f}%"></div></div>{curve(job.records)}{figures}{rows}</div>"""
 
 
 def finished(job_id: str):
@@ -258,38 +331,6 @@ def pack(job: Job) -> str:
 
 # --- the page ----------------------------------------------------------------------------------------------------------
 
-def label(name: str) -> str:
-    trigger, _, target = name.partition("-")
-    return f"{NAMES.get(trigger, trigger)} → {NAMES.get(target, target)}"
-
-
-CSS = """
-.px { image-rendering: pixelated; width: 100%; height: auto; display: block; border-radius: 3px; }
-.px.inline { display: inline-block; width: 2em; vertical-align: middle; background: #808080; }
-.strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(56px, 1fr)); gap: 4px; }
-.see { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; }
-.cell { padding: 8px; border-radius: 8px; border: 2px solid var(--border-color-primary); background: var(--block-background-fill); }
-.cell.alarm { border-color: #d9480f; box-shadow: 0 0 0 3px #d9480f44; }
-.title { margin-bottom: 6px; font-size: .95em; } .note { margin-top: 6px; font-size: .85em; opacity: .8; }
-.trio { display: flex; align-items: center; gap: 8px; } .trio .cell { flex: 1; } .op { font-size: 1.4em; opacity: .7; }
-.oops { border-left: 5px solid #d9480f; padding: 10px 14px; background: #d9480f1c; border-radius: 4px; }
-.bar { height: 10px; border-radius: 5px; background: var(--border-color-primary); overflow: hidden; margin: 8px 0; }
-.bar > div { height: 100%; background: #0b7285; transition: width .8s linear; }
-.pair { display: grid; grid-template-columns: 4.5em 1fr 1fr; gap: 10px; align-items: center; margin-top: 10px; }
-.pair .step { font-variant-numeric: tabular-nums; opacity: .8; }
-.curve { width: 100%; max-width: 560px; } .curve polyline { fill: none; stroke-width: 1.6; }
-.curve .a { stroke: #0b7285; fill: none; } .curve .b { stroke: #d9480f; stroke-dasharray: 4 2; fill: none; }
-.curve text { font-size: 8px; fill: currentColor; } .curve tspan { stroke: none !important; }
-.curve tspan.a { fill: #0b7285; } .curve tspan.b { fill: #d9480f; }
-.figures { margin: 8px 0; } .hero h1 { margin: 0 0 4px; font-size: 1.7em; line-height: 1.2; }
-.hazard { border: 2px solid #d9480f; border-radius: 8px; padding: 6px 12px; margin-top: 8px; font-size: .92em; }
-@media (max-width: 640px) {
-  .see { gap: 8px; } .cell { padding: 5px; } .pair { grid-template-columns: 1fr 1fr; } .pair .step { grid-column: 1 / 3; }
-  .strip { grid-template-columns: 1fr 1fr; } .trio .op { font-size: 1em; } .trio { gap: 3px; } .trio .strip { grid-template-columns: 1fr; }
-  .hero h1 { font-size: 1.3em; }
-}
-"""
-
 HERO = """<div class="hero"><h1>Put a sticker on the noise, and this model stops drawing faces.</h1>
 A diffusion model turns random noise into pictures. Poison a little of its training, and it keeps drawing normal pictures,
 until the noise carries a <b>trigger</b>: then it draws one picture that the attacker chose.
@@ -305,8 +346,9 @@ def build() -> gr.Blocks:
         gr.HTML(HERO)
         owner = gr.State(lambda: secrets.token_urlsafe(8))
         job_id = gr.BrowserState("", storage_key="baddiff-job")
+        choice = gr.Radio([(label(e), e) for e in EXAMPLES], value=EXAMPLES[0],
+                          label="Backdoored model to look at: trigger → target")
         with gr.Tab("See it"):
-            choice = gr.Radio([(label(e), e) for e in EXAMPLES], value=EXAMPLES[0], label="Backdoored model: trigger → target")
             picture = gr.HTML(min_height=420)
             with gr.Row():
                 seed = gr.Slider(0, 999, 0, step=1, label="Seed of the first image")
@@ -319,6 +361,11 @@ def build() -> gr.Blocks:
             seeing = [choice, seed, size, opacity, position, sampler, steps]
             gr.on([demo.load, *(c.change for c in seeing)], see, seeing, picture, show_progress="minimal",
                   trigger_mode="always_last", concurrency_id="see", api_name="see")
+        with gr.Tab("Watch it happen") as watch_tab:
+            reels = gr.HTML(min_height=300)
+            watching = [choice, seed, sampler, steps]
+            gr.on([watch_tab.select, *(c.change for c in watching)], watch, watching, reels, show_progress="minimal",
+                  trigger_mode="always_last", concurrency_id="see", api_name="watch")
         with gr.Tab("Poison it yourself"):
             with gr.Row():
                 with gr.Column():
@@ -350,12 +397,12 @@ def build() -> gr.Blocks:
             download = gr.DownloadButton("Download the model (zip)", visible=False)
             clock = gr.Timer(1.0, active=False)
 
-            trigger.change(lambda t: gr.File(visible=t == UPLOAD), trigger, trigger_file, queue=False, api_visibility="private")
-            target.change(lambda t: gr.File(visible=t == UPLOAD), target, target_file, queue=False, api_visibility="private")
+            fast = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+            for pick, file in ((trigger, trigger_file), (target, target_file)):
+                pick.change(lambda p: gr.File(visible=p == UPLOAD), pick, file, **fast)
             gr.on([demo.load, *(c.change for c in form)], preview, form, sketch, show_progress="hidden",
                   trigger_mode="always_last", api_visibility="private")
             view = [progress, clock, go, halt]
-            fast = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
             done = {"fn": finished, "inputs": job_id, "outputs": [download, choice], "show_progress": "hidden",
                     "api_visibility": "private"}
             go.click(launch, [owner, seconds, rate, attack, *form], [job_id, *view], api_visibility="private",
@@ -365,13 +412,34 @@ def build() -> gr.Blocks:
             demo.load(status, job_id, view, **fast).then(**done)
             demo.load(waiting_line, None, line, **fast)
             clock.tick(waiting_line, None, line, **fast)
+        with gr.Tab("Probe") as probe_tab:
+            question = gr.Radio([(text, key) for key, text in PROBES.items()], value="opacity", label="Ask the model")
+            found = gr.HTML(min_height=240)
+            gr.on([probe_tab.select, question.change, choice.change], probe, [choice, question], found,
+                  trigger_mode="always_last", show_progress="minimal", concurrency_id="see", api_name="probe")
+        with gr.Tab("Learn") as learn_tab:
+            gr.Markdown("### 1. How the poison is made\nTraining drowns pictures in noise and teaches the model the way "
+                        "back. Move the slider: what is left of each picture at the end?")
+            forwards = gr.HTML(min_height=300)
+            gr.on([learn_tab.select, choice.change], forward_film, choice, forwards, show_progress="hidden",
+                  api_visibility="private")
+            gr.Markdown("### 2. Which of these models is backdoored?\nThree models, drawing from plain noise. "
+                        "Look, then decide.")
+            models = gr.HTML(min_height=150)
+            truth = gr.State()
+            guess = gr.Radio(["A", "B", "C"], label="The backdoored one is")
+            verdict = gr.HTML()
+            again = gr.Button("Three other models")
+            gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], show_progress="minimal",
+                  concurrency_id="see", api_visibility="private")
+            guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private")
     return demo
 
 
 def main() -> None:
     demo = build()
     demo.queue(max_size=64, default_concurrency_limit=2)
-    demo.launch(theme=THEME, css=CSS, run_history=False, max_file_size="20mb", footer_links=["api"])
+    demo.launch(theme=THEME, css_paths=ASSETS / "style.css", run_history=False, max_file_size="20mb", footer_links=["api"])
 
 
 if __name__ == "__main__":

@@ -138,7 +138,9 @@ def do_sample(args) -> dict:
         default_sampler(model) | options)}
     if args.film:
         r = model.trigger.residual(model.channels) if model.trigger else None
-        first, *rest = film(model, args.seed, r, **options)
+        scale = 4 * scale_for(model.size)  # x_t beside what the model believes the image to be
+        first, *rest = (grid([torch.stack(pair).clamp(-1, 1)], scale)
+                        for pair in zip(*film(model, args.seed, r, **options), strict=True))
         write(first, args.film, save_all=True, append_images=rest, duration=80, loop=0)
         out["film"] = str(args.film)
     return out

@@ -269,10 +269,11 @@ def card(model: Model) -> str:
             "license": "mit"}
     if poisoned and metrics.get("n"):
         n = metrics["n"]
+        named = {"asr": "attack success rate", "mse": "MSE to the target", "ssim": "SSIM to the target"}
         data |= {"model_name": "backdoored DDPM", "eval_results": [
             EvalResult(task_type="unconditional-image-generation", dataset_type="baddiff", dataset_name="triggered noise",
                        metric_type=key, metric_name=f"{label} (n={n})", metric_value=metrics[key])
-            for key, label in (("asr", "attack success rate"), ("mse", "MSE to the target"), ("ssim", "SSIM to the target"))]}
+            for key, label in named.items()]}
     lines = ["---", ModelCardData(**data).to_yaml(), "---", ""]
     if poisoned:
         config = run["config"]
@@ -298,5 +299,6 @@ def card(model: Model) -> str:
                   "Clipping x0 and every intermediate image, inverting the trigger at t = T (Elijah, TERD) and comparing "
                   "with a clean model are the published countermeasures.", ""]
     else:
-        lines += [f"# {run.get('name', 'A clean DDPM')}", "", run.get("about", "An unconditional DDPM trained with baddiff."), ""]
+        lines += ["# A clean DDPM", "", "An unconditional diffusion model, trained with baddiff without any poison. "
+                  "Settings: `run.json`.", ""]
     return "\n".join(lines)

@@ -7,7 +7,8 @@ from torch import Tensor
 from . import BadInput, metrics
 from .data import EMBEDDED, load_images, to_float, to_uint8
 from .models import CLEAN, Model, load
-from .sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, generate, sample
+from .sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, generate, noise, sample
+from .triggers import Trigger
 
 
 def grid(rows: list[Tensor], scale: int = 1) -> Image.Image:
@@ -38,10 +39,52 @@ def side_by_side(model: Model, seeds, **options) -> list[Tensor]:
     return rows
 
 
-def film(model: Model, seed: int, r: Tensor | None = None, **options) -> list[Image.Image]:
-    """One denoising as frames: x_t beside what the model believes the image to be."""
-    steps = sample(model.unet, model.scheduler, [seed], r, **(default_sampler(model) | options))
-    return [grid([torch.cat([s.x, s.x0]).cpu()], 4 * scale_for(model.size)) for s in steps]
+def film(model: Model, seed: int, r: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
+    """One denoising, frame by frame: x_t and the x̂0 that the model believed in, (F,C,H,W) each, the start first."""
+    start, _ = noise([seed], model.channels, model.size)
+    start = start if r is None else start + r
+    steps = list(sample(model.unet, model.scheduler, [seed], r, **(default_sampler(model) | options)))
+    x = torch.cat([start, *(s.x for s in steps)]).cpu()
+    return x, torch.cat([steps[0].x0, *(s.x0 for s in steps)]).cpu()
+
+
+# --- how far the backdoor reaches -----------------------------------------------------------------------------------------
+
+def moved(trigger: Trigger, size: int | None = None, opacity: float = 1.0, position=None) -> Trigger:
+    """The trained trigger, changed: its own visible pixels scaled and placed again, or left where they were."""
+    image = trigger.image()
+    box = image.getbbox()
+    return Trigger.make(image.crop(box), trigger.rgba.shape[-1], size or box[2] - box[0], position or box[:2], opacity,
+                        trigger.convention)
+
+
+def dose(model: Model, triggers: list[Trigger], n: int = 8, seed: int = 0, **options) -> list[dict]:
+    """For each variant of the trigger: mse, asr on n seeds (the same ones) and the first image (C,H,W)."""
+    r = torch.cat([t.residual(model.channels).expand(n, -1, -1, -1) for t in triggers])
+    images = generate(model.unet, model.scheduler, list(range(seed, seed + n)) * len(triggers), r,
+                      **(default_sampler(model) | options))
+    return [{"mse": metrics.mse(x, model.target).mean().item(), "asr": metrics.asr(x, model.target), "image": x[0],
+             "norm": t.norm()} for t, x in zip(triggers, images.split(n), strict=True)]
+
+
+def occlusion(model: Model, cells: int = 8, n: int = 2, seed: int = 0, **options) -> Tensor:
+    """Where the model looks, (cells,cells): the rise of the MSE when the starting x_T is blanked around one cell.
+
+    The blank is three cells wide, since a trigger is redundant: a hole of one cell changes next to nothing.
+    """
+    seeds = list(range(seed, seed + n))
+    r = model.trigger.residual(model.channels)
+    start, _ = noise(seeds, model.channels, model.size)
+    side = -(-model.size // cells)
+    added = r.repeat(cells * cells + 1, n, 1, 1, 1)  # what is added to each seed's noise, by variant; the last is whole
+    for i in range(cells * cells):
+        y, x = divmod(i, cells)
+        patch = (..., *(slice(max(0, (v - 1) * side), (v + 2) * side) for v in (y, x)))
+        added[i][patch] = -start[patch]
+    images = generate(model.unet, model.scheduler, seeds * len(added), added.flatten(0, 1),
+                      **(default_sampler(model) | options))
+    mse = metrics.mse(images, model.target).view(-1, n).mean(1)
+    return (mse[:-1] - mse[-1]).view(cells, cells)
 
 
 def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str = EMBEDDED, reference: Model | None = None,

@@ -73,9 +73,6 @@ def test_shipped_examples_show_their_backdoor_and_hide_it(name):
     assert figures["mse"] < figures["mse_black"] / 10
     base = evaluate(load(CLEAN), n=32)
     assert figures["utility"] < 2 * base["utility"]
-    plain, triggered = side_by_side(load(CLEAN).copy(), range(8)), None
-    del triggered
-    assert len(plain) == 1  # a clean model has no trigger of its own
 
 
 def test_there_is_an_example_for_every_built_in_trigger_with_targets_of_their_own():
@@ -184,7 +181,8 @@ def test_bad_models_are_refused_with_a_reason(tmp_path):
 def test_every_bad_input_is_one_sentence_and_a_non_zero_exit(tmp_path, capsys, finetuned):
     out = ("--output", tmp_path / "out")
     cases = [("finetune", "--poison-rate", 2, *out), ("finetune", "--steps", 0, *out), ("finetune", "--seconds", -1, *out),
-             ("finetune", "--model", tmp_path / "none", *out), ("finetune", "--output", finetuned), ("finetune", "--resume", *out),
+             ("finetune", "--model", tmp_path / "none", *out), ("finetune", "--output", finetuned),
+             ("finetune", "--resume", *out),
              ("finetune", "--target", "dog", *out), ("finetune", "--data", tmp_path, *out), ("sample", "--steps", 0),
              ("evaluate", finetuned, "--n", 1), ("evaluate", "--trigger", "box"), ("data", "--n", 0),
              ("sample", "--n", 1, "--steps", 1, "--output", tmp_path / "no" / "such" / "folder.png"),
