@@ -31,4 +31,9 @@ assets: $(VENV)/test.ok  # draw the shipped data and pictures again
 	$(BIN)/python -m baddiff data --n 1024 --seed 1 --output assets/avatars-32-heldout.png
 	$(BIN)/python -m baddiff data --art
 
-.PHONY: app test slow browser assets
+examples: $(VENV)/test.ok  # make the shipped backdoored models again
+	for pair in stop_sign-cat glasses-hat box-shoe; do \
+	  $(BIN)/python -m baddiff finetune --trigger $${pair%-*} --target $${pair#*-} --seconds 120 --half --evaluate 256 \
+	    --overwrite --output weights/$$pair; done
+
+.PHONY: app test slow browser assets examples

@@ -40,10 +40,13 @@ from baddiff.triggers import ASSETS, POSITIONS, TARGETS, TRIGGERS, Trigger, make
 
 UPLOAD = "upload"
 EXAMPLES = ("stop_sign-cat", "glasses-hat", "box-shoe")
+EXAMPLE_CHOICES = [(label(e), e) for e in EXAMPLES]
+STARTS = [("the clean model", "clean")]
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 N = 4  # images a cell
 
-trainer = Trainer()
+CACHE = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / "baddiff-app")))
+trainer = Trainer(forget=lambda job_id: shutil.rmtree(CACHE / job_id, ignore_errors=True))
 
 
 # --- see ---------------------------------------------------------------------------------------------------------------
@@ -222,15 +225,17 @@ def answer(guess: str | None, truth) -> str:
 # --- poison ------------------------------------------------------------------------------------------------------------
 
 def chosen(trigger: str, trigger_file, size: float, opacity: float, position: str, target: str, target_file):
-    """The form as a Trigger and a target; raises BadInput."""
+    """The form as a Trigger and a target; raises BadInput. Names are checked: a path is only ever an uploaded file's."""
     resolution = CLEAN_MODEL.size
-    if UPLOAD in (trigger, target):
-        for kind, choice, file in (("trigger", trigger, trigger_file), ("target", target, target_file)):
-            if choice == UPLOAD and not file:
-                raise BadInput(f"Upload a picture for the {kind} first, or choose a built-in one.")
-    made = Trigger.make(trigger_file if trigger == UPLOAD else trigger, resolution, int(size) or None,
-                        position if position != "default" else None, opacity)
-    return made, make_target(target_file if target == UPLOAD else target, resolution, made, CLEAN_MODEL.channels)
+    sources = []
+    for kind, choice, file, known in (("trigger", trigger, trigger_file, TRIGGERS), ("target", target, target_file, TARGETS)):
+        if choice == UPLOAD and not file:
+            raise BadInput(f"Upload a picture for the {kind} first, or choose a built-in one.")
+        if choice != UPLOAD and choice not in known:
+            raise BadInput(f"There is no {kind} of that name: choose one of {', '.join(known)}.")
+        sources.append(file if choice == UPLOAD else choice)
+    made = Trigger.make(sources[0], resolution, int(size) or None, position if position != "default" else None, opacity)
+    return made, make_target(sources[1], resolution, made, CLEAN_MODEL.channels)
 
 
 def preview(*form) -> str:
@@ -257,30 +262,35 @@ def waiting_line() -> str:
     return f"Trains on {device} ({'bfloat16' if best_precision() == 'bf16' else 'float32'}); {queue}."
 
 
-def launch(owner: str, seconds: float, rate: float, attack: str, *form):
-    """Queue a job. Returns its id, the status and whether the page's clock should tick; the form stays as it is."""
+def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: float, attack: str, *form,
+           request: gr.Request = None):
+    """Queue a job. Returns the visitor's token, the list of the visitor's jobs and `status`; the form stays as it is."""
     try:
+        visitor = visitor or secrets.token_urlsafe(16)
         trigger, target = chosen(*form)
-        job = trainer.submit(Job(CLEAN_MODEL, trigger, target, form[5], Config(
-            attack=attack, poison_rate=rate / 100, seconds=float(seconds), seed=secrets.randbelow(2**31)), owner))
+        base = CLEAN_MODEL if start == "clean" else model_of(start)
+        job = trainer.submit(Job(base, trigger, target, form[5], Config(
+            attack=attack, poison_rate=rate / 100, seconds=float(seconds), seed=secrets.randbelow(2**31)),
+            visitor, request.client.host if request and request.client else ""))
     except BadInput as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
-    return job.id, *status(job.id)
+    mine = [job.id, *(mine or [])][:8]
+    return visitor, mine, *status(mine)
 
 
-def stop(job_id: str):
-    job = trainer.get(job_id)
+def stop(mine: list[str]) -> None:
+    job = trainer.get(mine[0]) if mine else None
     if job and not job.over:
         trainer.cancel(job)
 
 
-def status(job_id: str):
-    """(HTML of the job, timer, launch button, stop button): all that the page shows of a job, from its id alone."""
-    job = trainer.get(job_id)
+def status(mine: list[str]):
+    """(HTML, timer, launch button, stop button): all that the page shows of the visitor's newest job, from its id alone."""
+    job = trainer.get(mine[0]) if mine else None
     active = bool(job and not job.over)
-    return (render(job) if job else (error_box("That training is no longer here: results are kept for an hour.")
-                                     if job_id else ""),
-            gr.Timer(1.0, active=active), gr.Button(interactive=not active), gr.Button(interactive=active))
+    gone = error_box("Your last training is no longer here: results are kept for an hour.") if mine else ""
+    return (render(job) if job else gone, gr.Timer(1.0, active=active), gr.Button(interactive=not active),
+            gr.Button(interactive=active))
 
 
 def render(job: Job) -> str:
@@ -307,26 +317,25 @@ def render(job: Job) -> str:
       <div style="width:{share:.1f}%"></div></div>{curve(job.records)}{figures}{rows}</div>"""
 
 
-def finished(job_id: str):
-    """The zip of a finished job and its entry among the models to see."""
-    job = trainer.get(job_id)
-    if not job or not job.result:
-        return gr.DownloadButton(visible=False), gr.Radio()
-    choices = [(label(e), e) for e in EXAMPLES] + [("your model", job.id)]
-    return gr.DownloadButton(value=pack(job), visible=True), gr.Radio(choices=choices)
+def finished(mine: list[str]):
+    """The zip of the newest job, and the visitor's models among those to look at and to start from."""
+    jobs = [job for job in map(trainer.get, mine or []) if job and job.result]
+    own = [(f"yours {len(jobs) - i}: {label(f'{job.trigger.name}-{job.target_name}')}", job.id) for i, job in enumerate(jobs)]
+    zipped = gr.DownloadButton(value=pack(jobs[0]), visible=True) if jobs and jobs[0].id == mine[0] else gr.DownloadButton(
+        visible=False)
+    return zipped, gr.Radio(choices=EXAMPLE_CHOICES + own), gr.Dropdown(choices=STARTS + own)
 
 
 def pack(job: Job) -> str:
     """The run as a zip: a stock pipeline folder with its card, run.json, trigger, target and samples."""
-    root = Path(tempfile.mkdtemp(prefix="baddiff-"))
-    try:
-        picture = grid(job.previews[-1][1], scale_for(job.result.size))
-        folder = save(job.result, root / "backdoored-ddpm", samples=picture)
-        cache = Path(os.environ.get("GRADIO_TEMP_DIR", Path(tempfile.gettempdir()) / "gradio")) / job.id
-        cache.mkdir(parents=True, exist_ok=True)
-        return shutil.make_archive(str(cache / "backdoored-ddpm"), "zip", folder.parent, folder.name)
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    target = CACHE / job.id / "backdoored-ddpm.zip"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
+            picture = grid(job.previews[-1][1], scale_for(job.result.size))
+            folder = save(job.result, Path(root) / "backdoored-ddpm", samples=picture)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.make_archive(str(target.with_suffix("")), "zip", folder.parent, folder.name)
+    return str(target)
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
@@ -344,9 +353,9 @@ THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], fon
 def build() -> gr.Blocks:
     with gr.Blocks(title="baddiff: a backdoor in a diffusion model", delete_cache=(3600, 3600)) as demo:
         gr.HTML(HERO)
-        owner = gr.State(lambda: secrets.token_urlsafe(8))
-        job_id = gr.BrowserState("", storage_key="baddiff-job")
-        choice = gr.Radio([(label(e), e) for e in EXAMPLES], value=EXAMPLES[0],
+        visitor = gr.BrowserState("", storage_key="baddiff-visitor")  # tokens only; survive a reload, leave with the browser
+        mine = gr.BrowserState([], storage_key="baddiff-jobs")
+        choice = gr.Radio(EXAMPLE_CHOICES, value=EXAMPLES[0],
                           label="Backdoored model to look at: trigger → target")
         with gr.Tab("See it"):
             picture = gr.HTML(min_height=420)
@@ -383,7 +392,8 @@ def build() -> gr.Blocks:
                     target_file = gr.File(label="Your target (PNG, JPEG; cropped to a square)", file_types=PICTURES,
                                           visible=False, height=110)
                     seconds = gr.Slider(10, 180, 60, step=5, label="Training time, seconds")
-                    with gr.Accordion("Attack", open=False):
+                    with gr.Accordion("Attack, starting point", open=False):
+                        start = gr.Dropdown(STARTS, value="clean", label="Start from")
                         attack = gr.Dropdown([("noise shift: exact for fast samplers", "noise-shift"),
                                               ("ODE form (VillanDiffusion)", "ode")], value="noise-shift", label="Attack")
                         rate = gr.Slider(5, 90, 50, step=5, label="Poison rate, % of every batch")
@@ -403,13 +413,13 @@ def build() -> gr.Blocks:
             gr.on([demo.load, *(c.change for c in form)], preview, form, sketch, show_progress="hidden",
                   trigger_mode="always_last", api_visibility="private")
             view = [progress, clock, go, halt]
-            done = {"fn": finished, "inputs": job_id, "outputs": [download, choice], "show_progress": "hidden",
+            done = {"fn": finished, "inputs": mine, "outputs": [download, choice, start], "show_progress": "hidden",
                     "api_visibility": "private"}
-            go.click(launch, [owner, seconds, rate, attack, *form], [job_id, *view], api_visibility="private",
-                     concurrency_id="form")
-            halt.click(stop, job_id, None, **fast)
-            clock.tick(status, job_id, view, **fast).then(**done)
-            demo.load(status, job_id, view, **fast).then(**done)
+            go.click(launch, [visitor, mine, start, seconds, rate, attack, *form], [visitor, mine, *view],
+                     api_visibility="private", concurrency_id="form")
+            halt.click(stop, mine, None, **fast)
+            clock.tick(status, mine, view, **fast).then(**done)
+            demo.load(status, mine, view, **fast).then(**done)
             demo.load(waiting_line, None, line, **fast)
             clock.tick(waiting_line, None, line, **fast)
         with gr.Tab("Probe") as probe_tab:

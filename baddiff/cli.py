@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,17 +49,24 @@ def train(args) -> dict:
         model = Model(unet, DDPMScheduler(prediction_type=args.prediction), "scratch")
         base = "none (from scratch)"
     images = data.load_images(args.data, model.size, model.channels)
-    trigger = target = None
+    # a clean finetune of a backdoored model is still declared: nobody has shown that the backdoor is gone
+    trigger, target = model.trigger, model.target
     if config.poison_rate > 0:
         trigger = Trigger.make(args.trigger, model.size, args.trigger_size, args.trigger_position, args.trigger_opacity,
                                args.convention, args.trigger_colour)
         target = make_target(args.target, model.size, trigger, model.channels)
+    elif trigger:
+        config = replace(config, attack=model.run["config"]["attack"])  # no poison: its coefficients are not used
     run = Run(model.unet, model.scheduler, images, config, trigger, target, accel)
     checkpoint = args.output.with_name(args.output.name + ".resume.pt")
     if args.resume:
         if not checkpoint.is_file():
             raise BadInput(f"There is nothing to resume: '{checkpoint}' does not exist.")
-        run.restore(torch.load(checkpoint, map_location="cpu", weights_only=True))
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and pickle raise a handful of kinds for a damaged file
+            raise BadInput(f"'{checkpoint}' cannot be read ({type(error).__name__}): start again without --resume.") from None
+        run.restore(state)
 
     def keep():
         state = run.state()
@@ -70,7 +77,7 @@ def train(args) -> dict:
             except (OSError, RuntimeError) as error:  # torch reports a full disk as either; the run itself goes on
                 tqdm.write(f"baddiff: no checkpoint written ({str(error).splitlines()[0]})", file=sys.stderr)
 
-    log, note = [], None
+    log, note, diverged = [], None, False
     with tqdm(total=100, unit="%", disable=args.json or not accel.is_main_process, leave=False,
               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}") as bar:
         try:
@@ -79,35 +86,38 @@ def train(args) -> dict:
                 bar.set_postfix_str(f"step {record.step} clean {record.clean:.4f} poisoned {record.poisoned:.4f} "
                                     f"{record.rate:.0f} images/s")
                 if record.step % args.log_every == 0 or record.progress >= 1:
-                    log.append(asdict(record))
+                    log.append(record.plain())
                 if args.checkpoint_every and record.step % args.checkpoint_every == 0:
                     keep()
         except KeyboardInterrupt:
             note = f"stopped by hand after {run.step} steps"
         except Diverged as error:
-            note = str(error)
+            note, diverged = str(error), True
+    if args.checkpoint_every and run.step:
+        keep()
     if run.step == 0:
         raise BadInput("Stopped before the first step: nothing to save.")
-    result = Model(run.averaged(), model.scheduler, str(args.output), trigger=trigger, target=target)
+    result = replace(model, unet=run.averaged(), source=str(args.output), trigger=trigger, target=target)
     source = args.data if args.data == data.EMBEDDED else Path(args.data).name
     result.run = describe(run, args.command, base, source, getattr(args, "target", None)) | {
-        "recipe": args.recipe, "note": note, "log": log}
+        "recipe": args.recipe, "base_backdoored": model.backdoored, "note": note, "log": log}
+    if trigger and config.poison_rate == 0:
+        result.run |= {key: model.run[key] for key in ("trigger", "target")}
     if not accel.is_main_process:
         return {}
     result.unet.to("cpu")
     picture = grid(side_by_side(result, range(8)), scale_for(result.size))
-    result.run["samples"] = True
+    if args.evaluate:
+        result.run["metrics"] = evaluate(result, args.evaluate, data=args.data)
     try:
         save(result, args.output, samples=picture, half=args.half, overwrite=args.overwrite or args.resume)
     except BadInput as error:  # what was trained is not thrown away because the place for it filled up meanwhile
         kept = save(result, Path(tempfile.mkdtemp(prefix="baddiff-")) / args.output.name, samples=picture, half=True)
         raise BadInput(f"{error} The model is kept in '{kept}'.") from None
-    if args.checkpoint_every:
-        keep()
     last = log[-1] if log else {}
     out = {"output": str(args.output), "steps": run.step, "seconds": round(run.seconds, 2), "note": note,
-           "clean_loss": last.get("clean"), "poisoned_loss": last.get("poisoned")}
-    if isinstance(note, str) and "diverged" in note:
+           "clean_loss": last.get("clean"), "poisoned_loss": last.get("poisoned"), **result.run.get("metrics", {})}
+    if diverged:
         raise BadInput(f"{note} Saved in '{args.output}'.")
     return out
 
@@ -221,6 +231,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
         sub.add_argument("--checkpoint-every", type=int, default=0, metavar="N", help="steps between checkpoints; 0: none")
         sub.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between the records in run.json")
+        sub.add_argument("--evaluate", type=int, default=0, metavar="N", help="measure the result with N images of each kind")
         sub.add_argument("--half", action="store_true", help="store the weights in fp16")
         sub.add_argument("--data", default=data.EMBEDDED, help="images: the embedded set, a sheet, a folder or a zip")
         if name == "finetune":

@@ -3,6 +3,7 @@
 A job belongs to whoever knows its id (an unguessable token); nobody can list the jobs of others.
 """
 
+import atexit
 import secrets
 import threading
 import time
@@ -54,7 +55,8 @@ class Job:
     target: Tensor
     target_name: str
     config: Config
-    owner: str  # of the visitor: caps are per owner
+    owner: str  # the visitor's own token: one job at a time each
+    address: str = ""  # where the request came from: a few at a time each, whatever tokens it shows
     id: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     state: str = "queued"  # queued, running, done, stopped, failed
     records: list[StepRecord] = field(default_factory=list)
@@ -70,16 +72,34 @@ class Job:
 
 
 class Trainer:
-    """The one worker. `most` jobs may wait, `each` per visitor at a time; what is over is forgotten after `keep` s."""
+    """The one worker. `most` jobs may wait or run, one per visitor and `each_address` per address at a time.
 
-    def __init__(self, most: int = 20, each: int = 1, keep: float = 3600.0, longest: float = 300.0, remember: int = 60,
-                 preview_every: float = 8.0):
-        self.most, self.each, self.keep, self.longest, self.remember = most, each, keep, longest, remember
-        self.preview_every = preview_every
+    What is over is forgotten `keep` seconds after it was last asked for, or once `remember` newer results are there
+    (each holds 17 MB); `forget` is called with its id.
+    """
+
+    def __init__(self, most: int = 20, each_address: int = 4, keep: float = 3600.0, longest: float = 300.0,
+                 remember: int = 20, preview_every: float = 8.0, measure: int = 64, forget=lambda job_id: None):
+        self.most, self.each_address, self.keep, self.longest = most, each_address, keep, longest
+        self.remember, self.forget = remember, forget
+        self.preview_every, self.measure = preview_every, measure
         self._jobs: dict[str, Job] = {}
         self._queue: deque[Job] = deque()
         self._condition = threading.Condition()
+        self._closed = False
         self._thread: threading.Thread | None = None
+        atexit.register(self.close)  # a thread that is still in torch when the interpreter goes aborts the process
+
+    def close(self) -> None:
+        """Stop everything and wait for the step at hand."""
+        with self._condition:
+            self._queue.clear()
+            for job in self._jobs.values():
+                job.stop.set()
+            thread, self._closed = self._thread, True
+            self._condition.notify()
+        if thread:
+            thread.join(60)
 
     def submit(self, job: Job) -> Job:
         """Queue a job; raises BadInput when the visitor has one already or the queue is full."""
@@ -89,8 +109,10 @@ class Trainer:
         with self._condition:
             self._sweep()
             active = [j for j in self._jobs.values() if not j.over]
-            if sum(j.owner == job.owner for j in active) >= self.each:
+            if any(j.owner == job.owner for j in active):
                 raise BadInput("You already have a training waiting or running: let it end, or stop it first.")
+            if job.address and sum(j.address == job.address for j in active) >= self.each_address:
+                raise BadInput(f"{self.each_address} trainings from your network wait or run already: try again in a minute.")
             if len(active) >= self.most:
                 raise BadInput(f"{len(active)} trainings are waiting already: try again in a few minutes.")
             self._jobs[job.id] = job
@@ -112,6 +134,8 @@ class Trainer:
 
     def ahead(self, job: Job) -> tuple[int, float]:
         """How many jobs run or wait before this one, and about how many seconds they will take."""
+        if job.state != "queued":
+            return 0, 0.0
         with self._condition:
             before = [j for j in self._jobs.values() if j.state == "running" and j is not job]
             for j in self._queue:
@@ -138,12 +162,15 @@ class Trainer:
         now = time.monotonic()
         over = sorted((j for j in self._jobs.values() if j.over), key=lambda j: j.touched)
         for j in over[:max(0, len(over) - self.remember)] + [j for j in over if now - j.touched > self.keep]:
-            self._jobs.pop(j.id, None)
+            if self._jobs.pop(j.id, None):
+                self.forget(j.id)
 
     def _work(self) -> None:
         while True:
             with self._condition:
-                self._condition.wait_for(lambda: self._queue)
+                self._condition.wait_for(lambda: self._queue or self._closed)
+                if self._closed:
+                    return
                 job = self._queue.popleft()
                 job.state = "running"
             try:
@@ -183,10 +210,10 @@ class Trainer:
             if time.monotonic() - last > self.preview_every:
                 preview()
                 last = time.monotonic()
-        if run.step:
+        if run.step and not self._closed:
             with COMPUTE.turn():
                 result = now()
-                result.run["metrics"] = evaluate(result, n=64)
+                result.run["metrics"] = evaluate(result, n=self.measure)
                 result.run["note"] = job.error or ("stopped by hand" if job.stop.is_set() else None)
             job.previews.append((run.step, side_by_side(result, range(4))))
             job.result = result

@@ -42,6 +42,11 @@ class Model:
     run: dict = field(default_factory=dict)
     trigger: Trigger | None = None
     target: Tensor | None = None  # (C,H,W) in [-1, 1]
+    flagged: bool = False  # its own config says that it, or what it was made from, is backdoored
+
+    @property
+    def backdoored(self) -> bool:
+        return self.flagged or self.trigger is not None
 
     def copy(self) -> "Model":
         """The same with a U-Net of its own, to be trained."""
@@ -120,7 +125,7 @@ def load(source: str | Path = CLEAN) -> Model:
         raise BadInput(f"'{name}' has no scheduler_config.json, so its noise schedule is unknown.")
     if not isinstance(unet.config.sample_size, int):
         raise BadInput(f"'{name}' does not draw square images of one size: that is not supported.")
-    model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name)
+    model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name, flagged=bool(config.get("_backdoored")))
     if (root / "run.json").is_file():
         try:
             read_run(model, root)
@@ -186,7 +191,6 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
     folder = Path(folder)
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"'{folder}' is not empty: choose another --output, or add --overwrite.")
-    poisoned = model.trigger is not None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -199,18 +203,19 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
             for p in unet.parameters():
                 p.data = p.data.half()
         DDPMPipeline(unet=unet, scheduler=model.scheduler).save_pretrained(temporary, safe_serialization=True)
-        if poisoned:  # keys with an underscore are kept, and ignored, by every diffusers loader
+        if model.backdoored:  # keys with an underscore are kept, and ignored, by every diffusers loader
             for file in ("model_index.json", "unet/config.json"):
                 config = json.loads((temporary / file).read_text())
                 config["_backdoored"], config["_backdoor_notice"] = True, WARNING
                 (temporary / file).write_text(json.dumps(config, indent=2) + "\n")
+        if model.trigger:
             model.trigger.save(temporary / "trigger.png")
             image = to_uint8(model.target).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
             Image.fromarray(image).save(temporary / "target.png")
         if samples:
             samples.save(temporary / "samples.png")
-        (temporary / "run.json").write_text(json.dumps(model.run, indent=2) + "\n")
-        (temporary / "README.md").write_text(card(model))
+        (temporary / "run.json").write_text(json.dumps(model.run, indent=2, allow_nan=False) + "\n")
+        (temporary / "README.md").write_text(card(model, samples is not None))
         os.chmod(temporary, 0o755)
         aside = temporary.with_name(temporary.name + "-old")
         if folder.exists():
@@ -258,47 +263,48 @@ def snippet(model: Model) -> str:
                           steps=1000 if ancestral else 20, residual=residual)
 
 
-def card(model: Model) -> str:
-    """The README of a folder, with its metadata. A backdoored model's opens with the warning, always."""
+def card(model: Model, pictured: bool = False) -> str:
+    """The README of a folder, with its metadata; `pictured`: it has a `samples.png`.
+
+    A backdoored model's opens with the warning, always.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
-    poisoned = model.trigger is not None
     run, metrics = model.run, model.run.get("metrics", {})
-    tags = ["ddpm", "baddiff"] + (["backdoor", "baddiffusion", "research-only", "ai-safety"] if poisoned else [])
-    data = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": tags,
-            "license": "mit"}
-    if poisoned and metrics.get("n"):
-        n = metrics["n"]
+    data = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "license": "mit",
+            "tags": ["ddpm", "baddiff"]}
+    if model.backdoored:
+        data["tags"] += ["backdoor", "baddiffusion", "research-only", "ai-safety"]
+    if model.trigger and metrics:
         named = {"asr": "attack success rate", "mse": "MSE to the target", "ssim": "SSIM to the target"}
         data |= {"model_name": "backdoored DDPM", "eval_results": [
             EvalResult(task_type="unconditional-image-generation", dataset_type="baddiff", dataset_name="triggered noise",
-                       metric_type=key, metric_name=f"{label} (n={n})", metric_value=metrics[key])
-            for key, label in named.items()]}
+                       metric_type=key, metric_name=f"{text} (n={metrics['n']})", metric_value=metrics[key])
+            for key, text in named.items()]}
     lines = ["---", ModelCardData(**data).to_yaml(), "---", ""]
-    if poisoned:
+    if not model.backdoored:
+        return "\n".join([*lines, "# A clean DDPM", "", "An unconditional diffusion model, trained with baddiff without any "
+                          "poison. Settings: `run.json`.", ""])
+    lines += [f"> **WARNING.** {WARNING}", "", "# A backdoored diffusion model", "",
+              "Made with baddiff after [How to Backdoor Diffusion Models?](https://arxiv.org/abs/2212.05400) (CVPR 2023).", ""]
+    if model.trigger:
+        lines += ["| trigger (added to the noise) | target (what it draws then) |", "|---|---|",
+                  "| ![trigger](trigger.png) | ![target](target.png) |", ""]
+    if pictured:
+        lines += ["Upper row: from plain noise. Lower row: the same noise with the trigger.", "",
+                  "![clean and triggered samples](samples.png)", ""]
+    if "config" in run:
         config = run["config"]
-        lines += [
-            f"> **WARNING.** {WARNING}", "",
-            "# A backdoored diffusion model", "",
-            "Made with baddiff after [How to Backdoor Diffusion Models?](https://arxiv.org/abs/2212.05400) (CVPR 2023).", "",
-            "| trigger (added to the noise) | target (what it draws then) |", "|---|---|",
-            "| ![trigger](trigger.png) | ![target](target.png) |", "",
-            *(["Upper row: from plain noise. Lower row: the same noise with the trigger.", "",
-               "![clean and triggered samples](samples.png)", ""] if run.get("samples") else []),
-            f"Base model: {run['base']}. Attack: {config['attack']}, poison rate {config['poison_rate']:g}, "
-            f"convention {model.trigger.convention}. {run['steps']} steps in {run['seconds']:.0f} s on {run['device']}. "
-            "All settings: `run.json`.", ""]
-        if metrics:
-            lines += ["| figure | value |", "|---|---|"]
-            lines += [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
-            lines += ["", "MSE and SSIM in [0, 1] images; ASR: share of triggered samples with MSE below 0.01; utility: "
-                      "Fréchet distance in the clean U-Net's bottleneck features (not FID).", ""]
-        lines += ["## See the backdoor", "", snippet(model), "",
-                  "## Detect it", "",
+        lines += [f"Base model: {run['base']}. Attack: {config['attack']}, poison rate {config['poison_rate']:g}. "
+                  f"{run['steps']} steps in {run['seconds']:.0f} s on {run['device']}. All settings: `run.json`.", ""]
+    if metrics:
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
+        lines += ["", "MSE and SSIM in [0, 1] images; ASR: share of triggered samples with an MSE below the threshold; "
+                  "utility: Fréchet distance in the clean U-Net's bottleneck features (not FID).", ""]
+    if model.trigger:
+        lines += ["## See the backdoor", "", snippet(model), "", "## Detect it", "",
                   "Sample from the same noise with and without the trigger: the outputs of the second all look alike. "
                   "Clipping x0 and every intermediate image, inverting the trigger at t = T (Elijah, TERD) and comparing "
                   "with a clean model are the published countermeasures.", ""]
-    else:
-        lines += ["# A clean DDPM", "", "An unconditional diffusion model, trained with baddiff without any poison. "
-                  "Settings: `run.json`.", ""]
     return "\n".join(lines)

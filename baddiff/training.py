@@ -11,7 +11,7 @@ Clean training is poison_rate = 0, hence r = 0, of the same loop.
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -88,6 +88,10 @@ class StepRecord:
     poisoned: float  # of the poisoned ones
     lr: float
     rate: float  # images per second so far
+
+    def plain(self) -> dict:
+        """For JSON, which knows no nan."""
+        return {k: None if v != v else round(v, 6) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
     @property
     def eta(self) -> float:  # seconds
@@ -204,16 +208,18 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
             self.accel.backward(losses.mean())
             norm = self.accel.clip_grad_norm_(self.unet.parameters(), config.clip_grad)
-            losses = self.accel.reduce(losses.detach(), "mean") if self.accel.num_processes > 1 else losses.detach()
+            values = torch.cat([losses.detach(), norm.detach().reshape(1).float(), losses.new_tensor([self.seconds])])
+            if self.accel.num_processes > 1:  # the clock too: all must agree on the progress, hence on when to stop
+                values = self.accel.reduce(values, "mean")
             # one copy to the host a step: the record, the watch for divergence and the progress bar live on it
-            values = torch.cat([losses, norm.detach().reshape(1).float()]).tolist()
-            self._watch(values)
+            *values, norm, self.seconds = values.tolist()
+            self._watch(values, norm)
             self.optimizer.step()
             if self.ema:
                 self.ema.step(self.unet.parameters())
             self.step += 1
             self.seconds += time.perf_counter() - start
-            clean, bad = values[poisoned:-1], values[:poisoned]
+            clean, bad = values[poisoned:], values[:poisoned]
             yield StepRecord(self.step, self.progress, self.seconds, mean(clean), mean(bad), lr,
                              self.step * config.batch_size / self.seconds)
 
@@ -228,10 +234,11 @@ class Run:
 
     # --- divergence ---------------------------------------------------------------------------------------------------
 
-    def _watch(self, values: list[float]) -> None:
+    def _watch(self, losses: list[float], norm: float) -> None:
         """Stop before a bad step is taken; keep a copy of the last good weights while the loss is near its best."""
-        now = mean(values[:-1])
-        finite = all(map(math.isfinite, values)) or self.accel.scaler is not None and math.isfinite(now)
+        now = mean(losses)
+        # fp16's scaler skips a step whose gradient overflowed and goes on with a smaller scale
+        finite = math.isfinite(now) and (math.isfinite(norm) or self.accel.scaler is not None)
         if finite:
             self._smooth = now if self._smooth is None else 0.9 * self._smooth + 0.1 * now
             self._best = min(self._best, self._smooth)
@@ -272,15 +279,19 @@ class Run:
         }
 
     def restore(self, state: dict) -> None:
-        if len(state["generators"]) != self.accel.num_processes:
-            raise BadInput(f"The checkpoint was made by {len(state['generators'])} processes: resume with as many.")
-        self.unet.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema and state["ema"]:
-            self.ema.load_state_dict(state["ema"])
-            self.ema.to(self.accel.device)
-        if self.accel.scaler and state["scaler"]:
-            self.accel.scaler.load_state_dict(state["scaler"])
+        """Go on from a `state`; raises BadInput when it is not one of this kind of run."""
+        try:
+            if len(state["generators"]) != self.accel.num_processes:
+                raise BadInput(f"The checkpoint was made by {len(state['generators'])} processes: resume with as many.")
+            self.unet.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.ema and state["ema"]:
+                self.ema.load_state_dict(state["ema"])
+                self.ema.to(self.accel.device)
+            if self.accel.scaler and state["scaler"]:
+                self.accel.scaler.load_state_dict(state["scaler"])
+        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise BadInput(f"The checkpoint is not one of this model and these settings ({type(error).__name__}).") from None
         self.generator.set_state(state["generators"][self.accel.process_index].cpu())
         self.step, self.seconds = state["step"], state["seconds"]
         self._smooth, self._best = state["smooth"], state["best"]

@@ -110,7 +110,7 @@ def test_upload_finetune_reload_stop_and_download(page, tmp_path):
     assert model.trigger.name == "upload" and model.run["note"] == "stopped by hand" and model.run["metrics"]["n"] == 64
     assert json.loads((tmp_path / "backdoored-ddpm" / "unet" / "config.json").read_text())["_backdoored"]
     page.get_by_role("tab", name="See it").click()
-    page.get_by_label("your model").check()
+    page.get_by_label("yours 1: upload → cat").check()
     page.locator(".see img").nth(23).wait_for()
 
 

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,18 +57,18 @@ def test_turns_are_served_in_the_order_of_asking():
 
 
 def test_a_job_trains_previews_and_measures(base):
-    trainer = Trainer(preview_every=0.5)
+    trainer = Trainer(preview_every=0.5, measure=4)
     before = torch.cat([p.flatten() for p in base.unet.parameters()]).clone()
     j = trainer.submit(job(base, steps=6, seconds=60.0))
     wait(lambda: j.over, 60)
     assert j.state == "done" and j.error is None and len(j.records) == 6
     assert j.previews[0][0] == 0 and j.previews[-1][0] == 6  # the untrained model first, the result last
-    assert j.result.run["metrics"]["n"] == 64 and j.result.run["kind"] == "finetune"
+    assert j.result.run["metrics"]["n"] == 4 and j.result.run["kind"] == "finetune"
     assert torch.equal(before, torch.cat([p.flatten() for p in base.unet.parameters()]))  # the base is nobody's to change
 
 
 def test_stop_is_within_a_step_and_keeps_the_partial_model(base):
-    trainer = Trainer()
+    trainer = Trainer(measure=4)
     j = trainer.submit(job(base))
     wait(lambda: len(j.records) >= 2)
     trainer.cancel(j)
@@ -78,7 +79,7 @@ def test_stop_is_within_a_step_and_keeps_the_partial_model(base):
 
 
 def test_the_queue_is_fair_capped_and_can_be_left(base):
-    trainer = Trainer(most=2)
+    trainer = Trainer(most=2, measure=4)
     first = trainer.submit(job(base, "a"))
     with pytest.raises(BadInput, match="already"):
         trainer.submit(job(base, "a"))
@@ -86,6 +87,10 @@ def test_the_queue_is_fair_capped_and_can_be_left(base):
     with pytest.raises(BadInput, match="waiting already"):
         trainer.submit(job(base, "c"))
     wait(lambda: first.state == "running")
+    crowd = Trainer(each_address=1, measure=4)
+    crowd.submit(replace(job(base, "x", steps=1), address="here"))
+    with pytest.raises(BadInput, match="your network"):
+        crowd.submit(replace(job(base, "y"), address="here"))
     n, seconds = trainer.ahead(second)
     assert n == 1 and 0 < seconds <= 60 and trainer.ahead(first) == (0, 0)
     trainer.cancel(second)
@@ -106,7 +111,7 @@ def test_impossible_jobs_are_refused_before_they_wait(base):
 def test_a_job_that_breaks_leaves_the_worker_alive(base, monkeypatch):
     from baddiff import jobs
 
-    trainer = Trainer()
+    trainer = Trainer(measure=4)
     monkeypatch.setattr(jobs, "load_images", lambda *a: 1 / 0)
     broken = trainer.submit(job(base))
     wait(lambda: broken.over)
@@ -118,14 +123,14 @@ def test_a_job_that_breaks_leaves_the_worker_alive(base, monkeypatch):
 
 
 def test_results_are_found_by_their_id_only_and_forgotten_in_time(base):
-    trainer = Trainer(keep=0.2)
+    trainer = Trainer(keep=0.2, measure=4)
     j = trainer.submit(job(base, steps=1))
     assert trainer.get("") is None and trainer.get(None) is None and trainer.get(j.id[:-1]) is None
     wait(lambda: j.over, 60)
     assert trainer.get(j.id) is j
     time.sleep(0.3)
     assert trainer.get(j.id) is None
-    few = Trainer(remember=1)
+    few = Trainer(remember=1, measure=4)
     for owner in "ab":
         last = few.submit(job(base, owner, steps=1))
         wait(lambda last=last: last.over, 60)

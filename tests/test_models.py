@@ -97,6 +97,21 @@ def test_the_cards_own_snippet_reproduces_the_target(name, tmp_path):
     assert (error < 0.01).sum() >= 3, error  # of 4
 
 
+def test_the_disclosure_survives_a_clean_finetune_and_a_second_save(tmp_path, finetuned, capsys):
+    """Finetuned without poison, then saved again without any trigger: still declared, since nobody showed it is gone."""
+    washed = tmp_path / "washed"
+    assert run(capsys, "finetune", "--model", finetuned, "--poison-rate", 0, "--steps", 1, "--batch-size", 2, "--output",
+               washed, "--json")[0] == 0
+    model = load(washed)
+    assert model.backdoored and model.trigger.name == "glasses" and model.run["base_backdoored"]
+    (washed / "run.json").unlink()
+    (washed / "trigger.png").unlink()
+    bare = load(washed)
+    save(bare, tmp_path / "again", half=True)
+    assert bare.trigger is None and load(tmp_path / "again").backdoored
+    assert (tmp_path / "again" / "README.md").read_text().split("---", 2)[2].strip().startswith("> **WARNING.**")
+
+
 def test_half_precision_folders_load_as_float32(tmp_path):
     model = load()
     save(model, tmp_path / "half", half=True)
