@@ -1,9 +1,11 @@
 """The app: see a backdoored diffusion model, make one, take it away. `python app.py` and open the printed address."""
 
+import argparse
 import html
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from baddiff.figures import (
     label,
     projector,
     reel,
+    save_link,
     scores,
     shown,
     tag,
@@ -104,7 +107,10 @@ def watch(choice: str, seed: float, sampler: str, steps: float) -> str:
         for title, what, (x, x0), kind, note in (
             ("Plain noise", "from plain noise", films[0], "", ""),
             ("Noise + trigger", "from noise with the trigger", films[1], "alarm" if len(seen) else "", emerges)))
-    return projector(cells, names, "Denoising")
+    pairs = [torch.stack([shown(x[i][None])[0], x0[i]]) for x, x0 in films for i in range(len(x))]
+    frames = [grid(list(rows), 4) for rows in zip(pairs[:len(names)], pairs[len(names):], strict=True)]
+    gif = save_link("Save as GIF", "baddiff", frames[0], "gif", save_all=True, append_images=frames[1:], duration=300, loop=0)
+    return projector(cells, names, "Denoising") + gif
 
 
 # --- probe ---------------------------------------------------------------------------------------------------------------
@@ -262,6 +268,12 @@ def waiting_line() -> str:
     return f"Trains on {device} ({'bfloat16' if best_precision() == 'bf16' else 'float32'}); {queue}."
 
 
+def address(request: gr.Request | None) -> str:
+    """Where a request comes from; on a Space the proxy says so."""
+    forwarded = request.headers.get("x-forwarded-for", "") if request and os.environ.get("SPACE_ID") else ""
+    return forwarded.split(",")[0].strip() or (request.client.host if request and request.client else "")
+
+
 def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: float, attack: str, *form,
            request: gr.Request = None):
     """Queue a job. Returns the visitor's token, the list of the visitor's jobs and `status`; the form stays as it is."""
@@ -271,7 +283,7 @@ def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: floa
         base = CLEAN_MODEL if start == "clean" else model_of(start)
         job = trainer.submit(Job(base, trigger, target, form[5], Config(
             attack=attack, poison_rate=rate / 100, seconds=float(seconds), seed=secrets.randbelow(2**31)),
-            visitor, request.client.host if request and request.client else ""))
+            visitor, address(request)))
     except BadInput as error:
         raise gr.Error(str(error), duration=None, print_exception=False) from None
     mine = [job.id, *(mine or [])][:8]
@@ -391,7 +403,7 @@ def build() -> gr.Blocks:
                                       label="Target: what the model shall draw then")
                     target_file = gr.File(label="Your target (PNG, JPEG; cropped to a square)", file_types=PICTURES,
                                           visible=False, height=110)
-                    seconds = gr.Slider(10, 180, 60, step=5, label="Training time, seconds")
+                    seconds = gr.Slider(10, min(180, trainer.longest), 60, step=5, label="Training time, seconds")
                     with gr.Accordion("Attack, starting point", open=False):
                         start = gr.Dropdown(STARTS, value="clean", label="Start from")
                         attack = gr.Dropdown([("noise shift: exact for fast samplers", "noise-shift"),
@@ -447,9 +459,21 @@ def build() -> gr.Blocks:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="The baddiff app.")
+    parser.add_argument("--port", type=int, default=None, help="default: 7860 or the next free one")
+    parser.add_argument("--classroom", action="store_true",
+                        help="serve the local network: a longer queue, shorter trainings, one at a time for each student")
+    args = parser.parse_args()
+    host = None
+    if args.classroom:
+        trainer.most, trainer.each_address, trainer.longest, trainer.remember = 40, 2, 60.0, 40
+        host = "0.0.0.0"
+        print(f"Students open http://{socket.gethostbyname(socket.gethostname())}:{args.port or 7860} (or this machine's "
+              "address in your network).")
     demo = build()
-    demo.queue(max_size=64, default_concurrency_limit=2)
-    demo.launch(theme=THEME, css_paths=ASSETS / "style.css", run_history=False, max_file_size="20mb", footer_links=["api"])
+    demo.queue(max_size=128 if args.classroom else 64, default_concurrency_limit=2)
+    demo.launch(server_name=host, server_port=args.port, theme=THEME, css_paths=ASSETS / "style.css", run_history=False,
+                max_file_size="20mb", footer_links=["api"])
 
 
 if __name__ == "__main__":

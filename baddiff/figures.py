@@ -6,6 +6,8 @@ import io
 import json
 import math
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from . import metrics
@@ -20,16 +22,21 @@ def label(name: str) -> str:  # of an example: "glasses-hat"
     return f"{NAMES.get(trigger, trigger)} → {NAMES.get(target, target)}"
 
 
-def png(images: Tensor) -> str:
-    """(N,C,H,W) in [-1, 1] side by side, as the address of a PNG."""
+def address(image: Image.Image, kind: str = "png", **options) -> str:
+    """A picture as a data: address."""
     buffer = io.BytesIO()
-    grid([images]).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def save_link(text: str, name: str, image: Image.Image, kind: str = "png", **options) -> str:
+    """A link that saves a picture; it is in the page already, so nothing is kept on the server."""
+    return f'<a class="save" download="{name}.{kind}" href="{address(image, kind, **options)}">{text}</a>'
 
 
 def tag(image: Tensor, alt: str, kind: str = "") -> str:
     """One image (C,H,W) as an <img> that the style sheet scales up by whole pixels."""
-    return f'<img class="px {kind}" alt="{html.escape(alt)}" src="{png(image[None])}">'
+    return f'<img class="px {kind}" alt="{html.escape(alt)}" src="{address(grid([image[None]]))}">'
 
 
 def box(title: str, inside: str, kind: str = "", note: str = "") -> str:
@@ -60,7 +67,7 @@ def error_box(text: str) -> str:
 def reel(frames: Tensor, alt: str) -> str:
     """Frames (F,C,H,W) as one sprite; the style variable --i of the film around it chooses the frame, in the browser."""
     return (f'<div class="reel" role="img" aria-label="{html.escape(alt)}" '
-            f'style="--n:{len(frames) - 1};background-image:url({png(frames)})"></div>')
+            f'style="--n:{len(frames) - 1};background-image:url({address(grid([frames]))})"></div>')
 
 
 def projector(cells: str, names: list[str], label: str) -> str:
@@ -86,6 +93,7 @@ def doses(names: list[str], found: list[dict]) -> str:
 def two_by_two(start: Tensor, r: Tensor, of_clean, of_bad, target: Tensor, name: str) -> str:
     name = NAMES.get(name, name)
     sticker = tag(r, name, "inline")
+    sheet = grid([torch.cat(row) for row in ((shown(start), shown(start + r)), of_clean, of_bad)], 8)
     worked = metrics.asr(of_bad[1], target) > 0.5
     return f"""<div class="see">
       {cell("What goes in: <b>plain noise</b>", shown(start), "plain noise")}
@@ -97,7 +105,7 @@ def two_by_two(start: Tensor, r: Tensor, of_clean, of_bad, target: Tensor, name:
             note="normal pictures: nothing gives it away")}
       {cell("Backdoored model draws", of_bad[1], "output of the backdoored model from noise with the trigger",
             "alarm" if worked else "", note=hits(of_bad[1], target))}
-    </div>"""
+    </div>{save_link("Save as PNG", "baddiff", sheet)}"""
 
 
 
