@@ -48,6 +48,13 @@ def train(args) -> dict:
         unet = new_unet(args.size, args.channels)
         model = Model(unet, DDPMScheduler(prediction_type=args.prediction), "scratch")
         base = "none (from scratch)"
+        if args.init:
+            first = load(args.init)
+            model.flagged, base = first.backdoored, f"{first.name} (first weights)"
+            try:
+                unet.load_state_dict(first.unet.state_dict())
+            except RuntimeError:
+                raise BadInput(f"'{args.init}' is of another shape than --size and --channels give.") from None
     images = data.load_images(args.data, model.size, model.channels)
     # a clean finetune of a backdoored model is still declared: nobody has shown that the backdoor is gone
     trigger, target = model.trigger, model.target
@@ -239,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("--size", type=int, default=32, help="image size, a multiple of 8")
             sub.add_argument("--channels", type=int, default=3, choices=(1, 3))
+            sub.add_argument("--init", metavar="MODEL", help="start from these weights, which may predict something else")
             sub.add_argument("--prediction", default="v_prediction", choices=("epsilon", "v_prediction", "sample"))
         if name != "pretrain":
             trigger_options(sub, "stop_sign")
