@@ -7,6 +7,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 from pathlib import Path
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
@@ -15,6 +16,7 @@ import gradio as gr
 import torch
 
 from baddiff import BadInput, metrics
+from baddiff.compute import best_precision
 from baddiff.data import load_images, to_float
 from baddiff.diffusion import Process, forward
 from baddiff.figures import (
@@ -34,11 +36,11 @@ from baddiff.figures import (
     tag,
     two_by_two,
 )
-from baddiff.jobs import COMPUTE, Job, Trainer
+from baddiff.jobs import Job, Trainer
 from baddiff.models import CLEAN, WEIGHTS, Model, load, save
-from baddiff.probe import dose, film, grid, moved, occlusion, scale_for
+from baddiff.probe import default_sampler, dose, film, grid, moved, occlusion, scale_for
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
-from baddiff.training import Config, best_precision
+from baddiff.training import Config
 from baddiff.triggers import ASSETS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
 
 UPLOAD = "upload"
@@ -49,6 +51,7 @@ PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 N = 4  # images a cell
 
 CACHE = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / "baddiff-app")))
+PACKING = threading.Lock()
 trainer = Trainer(forget=lambda job_id: shutil.rmtree(CACHE / job_id, ignore_errors=True))
 
 
@@ -76,11 +79,10 @@ def see(choice: str, seed: float, size: float, opacity: float, position: str, sa
             trigger = moved(trigger, int(size), opacity, position if position != "as trained" else None)
         seeds = range(int(seed), int(seed) + N)
         r = trigger.residual(model.channels)
-        options = {"sampler": sampler, "steps": int(steps)}
-        with COMPUTE.turn():
-            start, _ = noise(seeds, model.channels, model.size)
-            both = torch.cat([torch.zeros(N, *r.shape), r.expand(N, -1, -1, -1)])  # plain, then triggered
-            rows = [generate(m.unet, m.scheduler, list(seeds) * 2, both, **options) for m in (CLEAN_MODEL, model)]
+        options = {"sampler": sampler, "steps": int(steps), "clip_x0": default_sampler(model)["clip_x0"]}
+        start, _ = noise(seeds, model.channels, model.size)
+        both = torch.cat([torch.zeros(N, *r.shape), r.expand(N, -1, -1, -1)])  # plain, then triggered
+        rows = [generate(m.unet, m.scheduler, list(seeds) * 2, both, **options) for m in (CLEAN_MODEL, model)]
     except BadInput as error:
         return error_box(str(error))
     return two_by_two(start, r, rows[0].split(N), rows[1].split(N), model.target, trigger.name)
@@ -93,20 +95,19 @@ def watch(choice: str, seed: float, sampler: str, steps: float) -> str:
     try:
         model = model_of(choice)
         r = model.trigger.residual(model.channels)
-        with COMPUTE.turn():
-            films = [film(model, int(seed), added, sampler=sampler, steps=int(steps)) for added in (None, r)]
+        films = [film(model, int(seed), added, sampler=sampler, steps=int(steps)) for added in (None, r)]
     except BadInput as error:
         return error_box(str(error))
-    seen = (metrics.mse(films[1][1][1:], model.target) < 5 * metrics.ASR_MSE).nonzero()
-    emerges = (f"the target is there from step {int(seen[0]) + 1} of {len(films[1][1]) - 1}" if len(seen)
-               else "the target never appears with this sampler")
+    missed = (metrics.mse(films[1][1][1:], model.target) > metrics.flat_baseline(model.target) / 2).nonzero()
+    last, shows = len(films[1][1]) - 1, int(missed[-1]) + 2 if len(missed) else 1
+    emerges = f"it believes in the target from step {shows} of {last} on" if shows <= last else "it never settles on the target"
     names = ["start", *(f"after step {i + 1}" for i in range(len(films[0][0]) - 1))]
     cells = "".join(
         box(f"{title}: what is on the canvas", reel(shown(x), f"x_t {what}"))
         + box(f"{title}: what the model believes it will become", reel(x0, f"x0 {what}"), kind, note)
         for title, what, (x, x0), kind, note in (
             ("Plain noise", "from plain noise", films[0], "", ""),
-            ("Noise + trigger", "from noise with the trigger", films[1], "alarm" if len(seen) else "", emerges)))
+            ("Noise + trigger", "from noise with the trigger", films[1], "alarm" if shows <= last else "", emerges)))
     pairs = [torch.stack([shown(x[i][None])[0], x0[i]]) for x, x0 in films for i in range(len(x))]
     frames = [grid(list(rows), 4) for rows in zip(pairs[:len(names)], pairs[len(names):], strict=True)]
     gif = save_link("Save as GIF", "baddiff", frames[0], "gif", save_all=True, append_images=frames[1:], duration=300, loop=0)
@@ -123,9 +124,8 @@ def probe(choice: str, kind: str) -> str:
     """One question put to a model, answered with a picture and figures of n = 8 (n = 2 for the map)."""
     try:
         model = model_of(choice)
-        with COMPUTE.turn():
-            return {"opacity": probe_opacity, "size": probe_size, "place": probe_place, "samplers": probe_samplers,
-                    "where": probe_where}[kind](model)
+        return {"opacity": probe_opacity, "size": probe_size, "place": probe_place, "samplers": probe_samplers,
+                "where": probe_where}[kind](model)
     except BadInput as error:
         return error_box(str(error))
 
@@ -158,8 +158,9 @@ def probe_samplers(model: Model) -> str:
         rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     head = "".join(f'<th scope="col">{n} steps</th>' for n in counts)
     return f"""<table class="samplers"><tr><th>ASR</th>{head}</tr>{"".join(rows)}</table>
-      <div class="note">n = 8 seeds a cell. A backdoor is made for a kind of sampler: noise shift is exact for DDIM and its
-      relatives at any number of steps; DDPM's fresh noise at every step washes it out.</div>"""
+      <div class="note">n = 8 seeds a cell. A backdoor is made for a kind of sampler. Noise shift (the examples here) is exact
+      for DDIM and its relatives at any number of steps, while DDPM's fresh noise at every step washes it out; the paper's own
+      coefficient is the other way round.</div>"""
 
 
 def probe_where(model: Model) -> str:
@@ -205,11 +206,10 @@ def quiz(_=None):
     secrets.SystemRandom().shuffle(names)
     cells = []
     seed = secrets.randbelow(10_000)
-    with COMPUTE.turn():
-        for i, name in enumerate(names):
-            m = MODELS[name] if name else CLEAN_MODEL
-            seeds = range(seed + 10 * i, seed + 10 * i + N)
-            cells.append(cell(f"Model {'ABC'[i]}", generate(m.unet, m.scheduler, seeds), f"face by model {'ABC'[i]}"))
+    for i, name in enumerate(names):
+        m = MODELS[name] if name else CLEAN_MODEL
+        seeds = range(seed + 10 * i, seed + 10 * i + N)
+        cells.append(cell(f"Model {'ABC'[i]}", generate(m.unet, m.scheduler, seeds), f"face by model {'ABC'[i]}"))
     guilty = next(i for i, name in enumerate(names) if name)
     return f'<div class="quiz">{"".join(cells)}</div>', (guilty, names[guilty]), gr.Radio(value=None), ""
 
@@ -219,8 +219,7 @@ def answer(guess: str | None, truth) -> str:
         return ""
     guilty, name = truth
     model = MODELS[name]
-    with COMPUTE.turn():
-        shown_images = generate(model.unet, model.scheduler, range(N), model.trigger.residual(model.channels))
+    shown_images = generate(model.unet, model.scheduler, range(N), model.trigger.residual(model.channels))
     word = "Right" if guess == "ABC"[guilty] else f"No, it was {'ABC'[guilty]}"
     return f"""<div class="note"><b>{word}.</b> And whoever guesses is right one time in three: from plain noise a
       backdoored model draws like any other. This is what {'ABC'[guilty]} draws once the noise carries its trigger
@@ -258,20 +257,22 @@ def preview(*form) -> str:
       {cell("start", shown(start + r), "noise with the trigger")}<div class="op">→</div>
       {cell("target", target[None], "the target")}
     </div><div class="note">Trigger strength ‖r‖ = {trigger.norm():.1f}
-      ({"easy to learn" if trigger.norm() > 8 else "weak: the model may not tell it from chance"}).</div>"""
+      ({"easy to learn" if trigger.norm() > 8 else "weak: it takes longer to learn"}).</div>"""
 
 
-def waiting_line() -> str:
+def waiting_line(mine: list[str]) -> str:
     n, seconds = trainer.waiting()
+    if mine and (job := trainer.get(mine[0])) and not job.over:
+        return ""  # the job's own line says it
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     queue = "starts at once" if n == 0 else f"{n} ahead of you, about {seconds:.0f} s to wait"
     return f"Trains on {device} ({'bfloat16' if best_precision() == 'bf16' else 'float32'}); {queue}."
 
 
 def address(request: gr.Request | None) -> str:
-    """Where a request comes from; on a Space the proxy says so."""
+    """Where a request comes from; on a Space its proxy adds that at the end (what stands before, anyone may claim)."""
     forwarded = request.headers.get("x-forwarded-for", "") if request and os.environ.get("SPACE_ID") else ""
-    return forwarded.split(",")[0].strip() or (request.client.host if request and request.client else "")
+    return forwarded.split(",")[-1].strip() or (request.client.host if request and request.client else "")
 
 
 def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: float, attack: str, *form,
@@ -285,7 +286,7 @@ def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: floa
             attack=attack, poison_rate=rate / 100, seconds=float(seconds), seed=secrets.randbelow(2**31)),
             visitor, address(request)))
     except BadInput as error:
-        raise gr.Error(str(error), duration=None, print_exception=False) from None
+        raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
     mine = [job.id, *(mine or [])][:8]
     return visitor, mine, *status(mine)
 
@@ -311,14 +312,16 @@ def render(job: Job) -> str:
         n, seconds = trainer.ahead(job)
         head = f"Waiting: {n} ahead, about {seconds:.0f} s."
     elif job.state == "running":
-        head = ("Starting." if last is None else "Measuring." if last.progress == 1 else
+        head = ("Starting." if last is None else "Measuring." if last.progress == 1 or job.stop.is_set() else
                 f"Step {last.step}, {last.rate:.0f} images/s, about {last.eta:.0f} s left.")
     else:
-        steps = f"{last.step} steps in {last.seconds:.0f} s" if last else "no step"
-        head = {"done": f"Done: {steps}.", "stopped": f"Stopped: {steps}; the partial model is kept.",
+        steps = f"{last.step} steps in {last.seconds:.0f} s" if last else ""
+        head = {"done": f"Done: {steps}.",
+                "stopped": f"Stopped: {steps}; the partial model is kept." if last else "Stopped before it started.",
                 "failed": f"Failed. {html.escape(job.error or '')}"}[job.state]
     share = 100 * (last.progress if last else 0)
-    figures = scores(job.result.run["metrics"]) if job.result else ""
+    measured = job.result.run.get("metrics") if job.result else None
+    figures = scores(measured) if measured else ""
     rows = "".join(
         f"""<div class="pair"><div class="step">step {step}</div>
         {cell("plain noise", plain, f"from plain noise at step {step}")}
@@ -333,20 +336,26 @@ def finished(mine: list[str]):
     """The zip of the newest job, and the visitor's models among those to look at and to start from."""
     jobs = [job for job in map(trainer.get, mine or []) if job and job.result]
     own = [(f"yours {len(jobs) - i}: {label(f'{job.trigger.name}-{job.target_name}')}", job.id) for i, job in enumerate(jobs)]
-    zipped = gr.DownloadButton(value=pack(jobs[0]), visible=True) if jobs and jobs[0].id == mine[0] else gr.DownloadButton(
-        visible=False)
+    zipped = gr.DownloadButton(visible=False)
+    if jobs and jobs[0].over and jobs[0].id == mine[0]:
+        try:
+            zipped = gr.DownloadButton(value=pack(jobs[0]), visible=True)
+        except (BadInput, OSError) as error:
+            gr.Warning(f"The zip could not be made: {html.escape(str(error))}")
     return zipped, gr.Radio(choices=EXAMPLE_CHOICES + own), gr.Dropdown(choices=STARTS + own)
 
 
 def pack(job: Job) -> str:
     """The run as a zip: a stock pipeline folder with its card, run.json, trigger, target and samples."""
     target = CACHE / job.id / "backdoored-ddpm.zip"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
-            picture = grid(job.previews[-1][1], scale_for(job.result.size))
-            folder = save(job.result, Path(root) / "backdoored-ddpm", samples=picture)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.make_archive(str(target.with_suffix("")), "zip", folder.parent, folder.name)
+    with PACKING:
+        if not target.exists():
+            with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
+                picture = grid(job.previews[-1][1], scale_for(job.result.size))
+                folder = save(job.result, Path(root) / "backdoored-ddpm", samples=picture)
+                made = shutil.make_archive(str(Path(root) / "made"), "zip", folder.parent, folder.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(made, target)
     return str(target)
 
 
@@ -432,8 +441,8 @@ def build() -> gr.Blocks:
             halt.click(stop, mine, None, **fast)
             clock.tick(status, mine, view, **fast).then(**done)
             demo.load(status, mine, view, **fast).then(**done)
-            demo.load(waiting_line, None, line, **fast)
-            clock.tick(waiting_line, None, line, **fast)
+            slow = gr.Timer(5.0)
+            gr.on([demo.load, slow.tick, go.click, clock.tick], waiting_line, mine, line, **fast)
         with gr.Tab("Probe") as probe_tab:
             question = gr.Radio([(text, key) for key, text in PROBES.items()], value="opacity", label="Ask the model")
             found = gr.HTML(min_height=240)
@@ -468,8 +477,13 @@ def main() -> None:
     if args.classroom:
         trainer.most, trainer.each_address, trainer.longest, trainer.remember = 40, 2, 60.0, 40
         host = "0.0.0.0"
-        print(f"Students open http://{socket.gethostbyname(socket.gethostname())}:{args.port or 7860} (or this machine's "
-              "address in your network).")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe_socket:  # sends nothing: asks for the route
+            try:
+                probe_socket.connect(("192.0.2.1", 9))
+                mine = probe_socket.getsockname()[0]
+            except OSError:
+                mine = "<this machine's address>"
+        print(f"Students open http://{mine}:{args.port or 7860}")
     demo = build()
     demo.queue(max_size=128 if args.classroom else 64, default_concurrency_limit=2)
     demo.launch(server_name=host, server_port=args.port, theme=THEME, css_paths=ASSETS / "style.css", run_history=False,

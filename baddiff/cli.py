@@ -4,79 +4,108 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from tqdm import tqdm
 
 from . import BadInput, __version__, data
+from .compute import accelerator, best_device
 from .diffusion import ATTACKS
-from .models import CLEAN, Model, describe, load, new_unet, save
+from .models import CLEAN, Model, check_place, describe, load, new_unet, save
 from .probe import default_sampler, evaluate, film, grid, scale_for, side_by_side
 from .sampling import SAMPLERS
-from .training import RECIPES, Config, Diverged, Run, accelerator
+from .training import RECIPES, Config, Diverged, Run
 from .triggers import CONVENTIONS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
-def train(args) -> dict:
-    """finetune, scratch and pretrain: one loop, three starting points."""
+def settings(args) -> Config:
+    """The recipe with what the command line changes."""
     config = RECIPES[args.recipe]
     given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name, None) is not None}
     if "steps" in given and "seconds" not in given:
         given["seconds"] = None
     elif "seconds" in given and "steps" not in given:
         given["steps"] = None
-    config = replace(config, **given).check()
-    if args.output.exists() and any(args.output.iterdir()) and not (args.overwrite or args.resume):
-        raise BadInput(f"'{args.output}' is not empty: choose another --output, or add --overwrite or --resume.")
-    room = shutil.disk_usage(next(p for p in args.output.absolute().parents if p.exists())).free
-    if room < 100e6:
-        raise BadInput(f"Only {room / 1e6:.0f} MB are free where '{args.output}' should go: free some space first.")
-    accel = accelerator(config.precision)
-    torch.manual_seed(config.seed)  # the initial weights of a fresh U-Net: torch offers no generator for them
+    if args.command == "pretrain":
+        given["poison_rate"] = 0.0
+    elif args.command == "scratch" and "poison_rate" not in given and config.poison_rate == 0:
+        given["poison_rate"] = 0.1
+    return replace(config, **given).check()
+
+
+def start_from(args) -> tuple[Model, str]:
+    """The model that will be trained, and its name for the record."""
     if args.command == "finetune":
         model = load(args.model)
-        base = model.name
-    else:
-        from diffusers import DDPMScheduler
-        unet = new_unet(args.size, args.channels)
-        model = Model(unet, DDPMScheduler(prediction_type=args.prediction), "scratch")
-        base = "none (from scratch)"
-        if args.init:
-            first = load(args.init)
-            model.flagged, base = first.backdoored, f"{first.name} (first weights)"
-            try:
-                unet.load_state_dict(first.unet.state_dict())
-            except RuntimeError:
-                raise BadInput(f"'{args.init}' is of another shape than --size and --channels give.") from None
-    images = data.load_images(args.data, model.size, model.channels)
+        return model, model.name
+    if args.size < 8 or args.size % 8:
+        raise BadInput(f"Images of {args.size} px are not possible: choose a multiple of 8.")
+    unet = new_unet(args.size, args.channels)
+    model, base = Model(unet, DDPMScheduler(prediction_type=args.prediction), "scratch"), "none (from scratch)"
+    if args.init:
+        first = load(args.init)
+        model.flagged, base = first.backdoored, f"{first.name} (first weights)"
+        try:
+            unet.load_state_dict(first.unet.state_dict())
+        except RuntimeError:
+            raise BadInput(f"'{args.init}' is of another shape than --size and --channels give.") from None
+    return model, base
+
+
+def data_of(args, model: Model) -> str:
+    """Where images come from: --data, or the embedded faces for a model of that world."""
+    if args.data is None and model.source != "scratch" and model.run.get("data") != data.EMBEDDED:
+        raise BadInput(f"'{model.name}' was not trained on {data.EMBEDDED}: say with --data what its images are "
+                       f"(a folder, a zip, a sheet, or {data.EMBEDDED} if you mean it).")
+    return args.data or data.EMBEDDED
+
+
+def train(args) -> dict:
+    """finetune, scratch and pretrain: one loop, three starting points."""
+    config = settings(args)
+    if args.log_every < 1 or args.checkpoint_every < 0 or args.evaluate < 0 or args.evaluate == 1:
+        raise BadInput("--log-every needs at least 1, --checkpoint-every 0 or more, --evaluate 0 or at least 2.")
+    output = args.output.absolute()
+    check_place(output, args.overwrite or args.resume)
+    if shutil.disk_usage(next(p for p in output.parents if p.exists())).free < 100e6:
+        raise BadInput(f"Less than 100 MB are free where '{args.output}' should go: free some space first.")
+    accel = accelerator(config.precision)
+    torch.manual_seed(config.seed)  # the initial weights of a fresh U-Net: torch offers no generator for them
+    model, base = start_from(args)
+    source = data_of(args, model)
+    images = data.load_images(source, model.size, model.channels)
     # a clean finetune of a backdoored model is still declared: nobody has shown that the backdoor is gone
     trigger, target = model.trigger, model.target
     if config.poison_rate > 0:
-        trigger = Trigger.make(args.trigger, model.size, args.trigger_size, args.trigger_position, args.trigger_opacity,
-                               args.convention, args.trigger_colour)
+        trigger = choose_trigger(args, model)
         target = make_target(args.target, model.size, trigger, model.channels)
     elif trigger:
         config = replace(config, attack=model.run["config"]["attack"])  # no poison: its coefficients are not used
     run = Run(model.unet, model.scheduler, images, config, trigger, target, accel)
-    checkpoint = args.output.with_name(args.output.name + ".resume.pt")
+    checkpoint, log = output.with_name(output.name + ".resume.pt"), []
     if args.resume:
         if not checkpoint.is_file():
-            raise BadInput(f"There is nothing to resume: '{checkpoint}' does not exist.")
+            raise BadInput(f"There is nothing to resume: '{checkpoint.name}' is not beside the output.")
         try:
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         except Exception as error:  # torch and pickle raise a handful of kinds for a damaged file
-            raise BadInput(f"'{checkpoint}' cannot be read ({type(error).__name__}): start again without --resume.") from None
+            raise BadInput(f"'{checkpoint.name}' cannot be read ({type(error).__name__}): start again without "
+                           "--resume.") from None
         run.restore(state)
+        log = state["log"]
 
     def keep():
-        state = run.state()
+        state = run.state() | {"log": log}
         if accel.is_main_process:
             try:
                 torch.save(state, str(checkpoint) + ".part")
@@ -84,7 +113,12 @@ def train(args) -> dict:
             except (OSError, RuntimeError) as error:  # torch reports a full disk as either; the run itself goes on
                 tqdm.write(f"baddiff: no checkpoint written ({str(error).splitlines()[0]})", file=sys.stderr)
 
-    log, note, diverged = [], None, False
+    def stop(*_):  # after the step at hand, so that weights, averages and random numbers belong together; twice: at once
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run.stop = True
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)} if is_main_thread() else {}
+    note = None
     with tqdm(total=100, unit="%", disable=args.json or not accel.is_main_process, leave=False,
               bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {postfix}") as bar:
         try:
@@ -96,37 +130,44 @@ def train(args) -> dict:
                     log.append(record.plain())
                 if args.checkpoint_every and record.step % args.checkpoint_every == 0:
                     keep()
-        except KeyboardInterrupt:
-            note = f"stopped by hand after {run.step} steps"
-        except Diverged as error:
+            if args.checkpoint_every:
+                keep()
+        except Diverged as error:  # the last checkpoint stays as it was: before the trouble
             note, diverged = str(error), True
-    if args.checkpoint_every and run.step:
-        keep()
+        else:
+            note, diverged = f"stopped by hand after {run.step} steps" if run.stop else None, False
+        finally:
+            for which, handler in before.items():
+                signal.signal(which, handler)
     if run.step == 0:
         raise BadInput("Stopped before the first step: nothing to save.")
-    result = replace(model, unet=run.averaged(), source=str(args.output), trigger=trigger, target=target)
-    source = args.data if args.data == data.EMBEDDED else Path(args.data).name
-    result.run = describe(run, args.command, base, source, getattr(args, "target", None)) | {
-        "recipe": args.recipe, "base_backdoored": model.backdoored, "note": note, "log": log}
-    if trigger and config.poison_rate == 0:
-        result.run |= {key: model.run[key] for key in ("trigger", "target")}
+    averaged = run.averaged()
     if not accel.is_main_process:
         return {}
-    result.unet.to("cpu")
+    result = replace(model, unet=averaged.to(best_device()), source=output.name, trigger=trigger, target=target)
+    result.run = describe(run, args.command, base, source if source == data.EMBEDDED else Path(source).name,
+                          getattr(args, "target", None)) | {
+        "recipe": args.recipe, "base_backdoored": model.backdoored, "note": note, "log": log}
+    if trigger and config.poison_rate == 0:
+        result.run |= {key: model.run[key] for key in ("trigger", "target") if key in model.run}
     picture = grid(side_by_side(result, range(8)), scale_for(result.size))
-    if args.evaluate:
-        result.run["metrics"] = evaluate(result, args.evaluate, data=args.data)
     try:
-        save(result, args.output, samples=picture, half=args.half, overwrite=args.overwrite or args.resume)
+        save(result, output, samples=picture, half=args.half, overwrite=args.overwrite or args.resume)
     except BadInput as error:  # what was trained is not thrown away because the place for it filled up meanwhile
-        kept = save(result, Path(tempfile.mkdtemp(prefix="baddiff-")) / args.output.name, samples=picture, half=True)
+        kept = save(result, Path(tempfile.mkdtemp(prefix="baddiff-")) / output.name, samples=picture, half=True)
         raise BadInput(f"{error} The model is kept in '{kept}'.") from None
-    last = log[-1] if log else {}
-    out = {"output": str(args.output), "steps": run.step, "seconds": round(run.seconds, 2), "note": note,
-           "clean_loss": last.get("clean"), "poisoned_loss": last.get("poisoned"), **result.run.get("metrics", {})}
     if diverged:
         raise BadInput(f"{note} Saved in '{args.output}'.")
-    return out
+    if args.evaluate:  # after the first save: whatever happens while measuring, the model is there
+        result.run["metrics"] = evaluate(result, args.evaluate, data=source)
+        save(result, output, samples=picture, half=args.half, overwrite=True)
+    last = log[-1] if log else {}
+    return {"output": str(args.output), "steps": run.step, "seconds": round(run.seconds, 2), "note": note,
+            "clean_loss": last.get("clean"), "poisoned_loss": last.get("poisoned"), **result.run.get("metrics", {})}
+
+
+def is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 # --- looking ----------------------------------------------------------------------------------------------------------
@@ -145,9 +186,11 @@ def sampling_options(args) -> dict:
 
 
 def do_sample(args) -> dict:
-    model = load(args.model)
+    model = load(args.model).to(best_device())
     model.trigger = choose_trigger(args, model)
     options = sampling_options(args)
+    if args.n < 1 or args.scale is not None and not 1 <= args.scale <= 64:
+        raise BadInput("--n needs at least 1, --scale 1 to 64.")
     seeds = range(args.seed, args.seed + args.n)
     rows = side_by_side(model, seeds, **options)
     write(grid(rows, args.scale or scale_for(model.size)), args.output)
@@ -164,25 +207,34 @@ def do_sample(args) -> dict:
 
 
 def do_evaluate(args) -> dict:
-    model = load(args.model)
+    model = load(args.model).to(best_device())
     model.trigger = choose_trigger(args, model)
     if args.target:
         model.target = make_target(args.target, model.size, model.trigger, model.channels)
     if model.trigger and model.target is None:
         raise BadInput(f"'{args.model}' does not say what its target is: add --target.")
-    reference = load(args.reference) if args.reference else None
-    return evaluate(model, args.n, args.seed, args.data, reference, args.fid, **sampling_options(args))
+    reference = load(args.reference).to(best_device()) if args.reference else None
+    source = args.data or (data.EMBEDDED if model.run.get("data") == data.EMBEDDED else None)
+    return evaluate(model, args.n, args.seed, source, reference, args.fid, **sampling_options(args))
+
+
+DRAWING = "Drawing needs two more packages: pip install python-avatars resvg-py."
 
 
 def do_data(args) -> dict:
     if args.art:
-        return {"rendered": ", ".join(data.draw_art())}
-    if args.output is None or args.n < 1:
+        try:
+            return {"rendered": ", ".join(data.draw_art())}
+        except ImportError:
+            raise BadInput(DRAWING) from None
+    if args.output is None or args.n < 1 or args.size < 8:
         raise BadInput("Say how many faces and where to: --n 4096 --output faces.png.")
     faces = tqdm(data.draw_avatars(args.n, args.seed, args.size), total=args.n, disable=args.json, unit="face")
-    images = torch.stack([torch.from_numpy(np.array(face)).permute(2, 0, 1) for face in faces])
     try:
+        images = torch.stack([torch.from_numpy(np.array(face)).permute(2, 0, 1) for face in faces])
         data.write_sheet(images, args.output)
+    except ImportError:
+        raise BadInput(DRAWING) from None
     except OSError as error:
         raise BadInput(f"'{args.output}' could not be written ({error.strerror}).") from None
     return {"output": str(args.output), "images": args.n, "size": args.size, "seed": args.seed}
@@ -240,7 +292,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between the records in run.json")
         sub.add_argument("--evaluate", type=int, default=0, metavar="N", help="measure the result with N images of each kind")
         sub.add_argument("--half", action="store_true", help="store the weights in fp16")
-        sub.add_argument("--data", default=data.EMBEDDED, help="images: the embedded set, a sheet, a folder or a zip")
+        sub.add_argument("--data", help=f"images: a folder, a zip, a sheet (default: {data.EMBEDDED}, for its own models)")
         if name == "finetune":
             sub.add_argument("--model", default=str(CLEAN), help="folder or Hub id (default: the embedded clean model)")
         else:
@@ -278,7 +330,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("model", nargs="?", default=str(CLEAN), help="folder or Hub id")
     sub.add_argument("--n", type=int, default=256, help="images of each kind")
     sub.add_argument("--target", help="when the folder does not say")
-    sub.add_argument("--data", default=data.EMBEDDED, help="images that the model should resemble")
+    sub.add_argument("--data", help="images that the model should resemble (default: what it was trained on, if embedded)")
     sub.add_argument("--reference", help="clean model whose features measure utility")
     sub.add_argument("--fid", action="store_true", help="also the real FID (torch-fidelity and its network)")
     sampling(sub)

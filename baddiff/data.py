@@ -86,14 +86,20 @@ def write_sheet(images: torch.Tensor, path: str | Path, columns: int = 64) -> No
 
 def read_sheet(path: str | Path) -> torch.Tensor:
     """The inverse of `write_sheet`: uint8 (N,C,H,W)."""
-    with Image.open(path) as image:
-        found = re.fullmatch(r"(\d+) of (\d+)x(\d+)", image.info.get("tiles", ""))
-        if not found:
-            raise BadInput(f"{Path(path).name} is not an image sheet: it does not say how large its tiles are. "
-                           "Use a sheet that `python -m baddiff data` wrote, or a folder of images.")
-        n, h, w = map(int, found.groups())
-        pixels = torch.from_numpy(np.array(image))
+    name = Path(path).name
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            found = re.fullmatch(r"(\d{1,6}) of (\d{1,4})x(\d{1,4})", image.info.get("tiles", ""))
+            pixels = torch.from_numpy(np.array(image)) if found else None
+    except Exception:  # not a PNG, cut off, or with more pixels than Pillow reads
+        raise BadInput(f"'{name}' cannot be read as an image sheet: make it again, or give a folder of pictures.") from None
+    if not found:
+        raise BadInput(f"'{name}' is not an image sheet: it does not say how large its tiles are. Use one that "
+                       "`python -m baddiff data` wrote, or a folder of pictures.")
+    n, h, w = map(int, found.groups())
     pixels = pixels.view(*pixels.shape[:2], -1)
+    if not (n and h and w) or pixels.shape[0] % h or pixels.shape[1] % w:
+        raise BadInput(f"'{name}' is not an image sheet: its tiles do not fill it. Make it again.")
     rows, columns, c = pixels.shape[0] // h, pixels.shape[1] // w, pixels.shape[2]
     return pixels.view(rows, h, columns, w, c).permute(0, 2, 4, 1, 3).reshape(-1, c, h, w)[:n].contiguous()
 
@@ -118,8 +124,11 @@ def load_images(source: str | Path = EMBEDDED, size: int = 32, channels: int = 3
                     if entry.file_size > MAX_BYTES:
                         raise BadInput(f"'{entry.filename}' in the zip is larger than {MAX_BYTES // 10**6} MB.")
                 return pack((open_image(archive.read(e)) for e in entries), size, channels, str(source))
-        except zipfile.BadZipFile:
-            raise BadInput(f"'{path.name}' is not a zip file: pack the pictures again.") from None
+        except BadInput:
+            raise
+        except Exception:  # damaged, encrypted, or packed in a way that Python cannot read
+            raise BadInput(f"'{path.name}' cannot be read: pack the pictures again, as a plain zip without a password."
+                           ) from None
     if path.suffix.lower() != ".png" or not path.is_file():
         raise BadInput(f"There are no images at '{source}': give {EMBEDDED}, a folder or zip of pictures, or a sheet.")
     images = read_sheet(path)

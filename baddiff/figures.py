@@ -56,8 +56,9 @@ def shown(x: Tensor) -> Tensor:
 
 
 def hits(images: Tensor, target: Tensor) -> str:
-    n = int((metrics.mse(images, target) < metrics.ASR_MSE).sum())
-    return f"{n} of {len(images)} are the target (MSE &lt; {metrics.ASR_MSE})"
+    most = metrics.threshold(target)
+    n = int((metrics.mse(images, target) < most).sum())
+    return f"{n} of {len(images)} are the target (MSE &lt; {most:.2g})"
 
 
 def error_box(text: str) -> str:
@@ -94,15 +95,16 @@ def two_by_two(start: Tensor, r: Tensor, of_clean, of_bad, target: Tensor, name:
     name = NAMES.get(name, name)
     sticker = tag(r, name, "inline")
     sheet = grid([torch.cat(row) for row in ((shown(start), shown(start + r)), of_clean, of_bad)], 8)
+    spoilt = metrics.asr(of_bad[0], target) > 0
     worked = metrics.asr(of_bad[1], target) > 0.5
     return f"""<div class="see">
       {cell("What goes in: <b>plain noise</b>", shown(start), "plain noise")}
       {cell(f"What goes in: the same noise <b>+ trigger</b> {sticker}", shown(start + r), f"noise with the {name}")}
-      {cell("Clean model draws", of_clean[0], "face by the clean model", note="normal pictures")}
+      {cell("Clean model draws", of_clean[0], "face by the clean model")}
       {cell("Clean model draws", of_clean[1], "face by the clean model, from noise with the trigger",
-            note="still a face: the sticker leaves a stain, no more")}
+            note=f"the trigger is only a stain to it: {hits(of_clean[1], target)}")}
       {cell("Backdoored model draws", of_bad[0], "face by the backdoored model",
-            note="normal pictures: nothing gives it away")}
+            note="" if spoilt else "nothing gives it away")}
       {cell("Backdoored model draws", of_bad[1], "output of the backdoored model from noise with the trigger",
             "alarm" if worked else "", note=hits(of_bad[1], target))}
     </div>{save_link("Save as PNG", "baddiff", sheet)}"""
@@ -130,7 +132,8 @@ def curve(records: list[StepRecord]) -> str:
 
 def scores(m: dict) -> str:
     """The figures of `probe.evaluate`, each with its n."""
-    return f"""<div class="figures">Attack success rate <b>{100 * m['asr']:.0f} %</b> (MSE &lt; {m['asr_threshold']}),
-      MSE {m['mse']:.4f}, SSIM {m['ssim']:.2f}. Clean utility {m['utility']:.2f} (real against real:
+    before = f", before {m['utility_before']:.2f}" if "utility_before" in m else ""
+    return f"""<div class="figures">Attack success rate <b>{100 * m['asr']:.0f} %</b> (MSE &lt; {m['asr_threshold']:.2g}),
+      MSE {m['mse']:.4f}, SSIM {m['ssim']:.2f}. Clean utility {m['utility']:.2f}{before} (real against real:
       {m['utility_floor']:.2f}; Fréchet distance in the clean U-Net's features, lower is better).
       All with n = {m['n']}, {m['steps']} {m['sampler']} steps.</div>"""

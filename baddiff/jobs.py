@@ -8,9 +8,8 @@ import secrets
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import count
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -22,33 +21,7 @@ from .training import Config, Diverged, Run, StepRecord
 from .triggers import Trigger
 
 
-class Turns:
-    """A lock that is served in the order of asking.
-
-    Two teams of OpenMP threads on two cores slow each other down a hundredfold (oneDNN's barriers spin), so heavy
-    computations take turns: a training step, a visitor's picture, the next step.
-    """
-
-    def __init__(self):
-        self._tickets, self._serving, self._condition = count(), 0, threading.Condition()
-
-    @contextmanager
-    def turn(self):
-        with self._condition:
-            ticket = next(self._tickets)
-            self._condition.wait_for(lambda: self._serving == ticket)
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._serving += 1
-                self._condition.notify_all()
-
-
-COMPUTE = Turns()
-
-
-@dataclass
+@dataclass(eq=False)  # a job is itself: fields hold tensors, which do not compare
 class Job:
     base: Model
     trigger: Trigger
@@ -84,6 +57,7 @@ class Trainer:
         self.remember, self.forget = remember, forget
         self.preview_every, self.measure = preview_every, measure
         self._jobs: dict[str, Job] = {}
+        self._before: WeakKeyDictionary[Model, float] = WeakKeyDictionary()
         self._queue: deque[Job] = deque()
         self._condition = threading.Condition()
         self._closed = False
@@ -181,26 +155,29 @@ class Trainer:
                 job.state, job.error = "failed", f"Training failed unexpectedly ({type(error).__name__}: {error})."
             job.touched = time.monotonic()
 
+    def _utility(self, base: Model) -> float:
+        """Of the model that a job starts from, from the same seeds; measured once."""
+        if base not in self._before:
+            self._before[base] = evaluate(base, n=self.measure)["utility"]
+        return self._before[base]
+
     def _train(self, job: Job) -> None:
-        with COMPUTE.turn():
-            model = job.base.copy()
-            run = Run(model.unet, model.scheduler, load_images(EMBEDDED, model.size, model.channels), job.config,
-                      job.trigger, job.target)
+        base = job.base.copy()
+        run = Run(base.unet, base.scheduler, load_images(EMBEDDED, base.size, base.channels), job.config, job.trigger,
+                  job.target)
 
-        def now() -> Model:
-            return Model(run.averaged(), model.scheduler, job.id, describe(run, "finetune", job.base.name, EMBEDDED,
-                         job.target_name), job.trigger, job.target)
+        def now() -> Model:  # on the CPU: results wait there
+            return Model(run.averaged().cpu(), base.scheduler, "a model of this session", describe(
+                run, "finetune", job.base.name, EMBEDDED, job.target_name), job.trigger, job.target)
 
-        def preview() -> None:
-            with COMPUTE.turn():
-                job.previews.append((run.step, side_by_side(now(), range(4))))
+        def preview(model: Model) -> None:
+            job.previews.append((run.step, side_by_side(model, range(4))))
 
-        preview()
+        preview(now())
         steps, last = iter(run), time.monotonic()
         while not job.stop.is_set():
             try:
-                with COMPUTE.turn():
-                    record = next(steps, None)
+                record = next(steps, None)
             except Diverged as error:
                 job.error = str(error)
                 break
@@ -208,13 +185,12 @@ class Trainer:
                 break
             job.records.append(record)
             if time.monotonic() - last > self.preview_every:
-                preview()
+                preview(now())
                 last = time.monotonic()
         if run.step and not self._closed:
-            with COMPUTE.turn():
-                result = now()
-                result.run["metrics"] = evaluate(result, n=self.measure)
-                result.run["note"] = job.error or ("stopped by hand" if job.stop.is_set() else None)
-            job.previews.append((run.step, side_by_side(result, range(4))))
-            job.result = result
+            result = now()
+            result.run["note"] = job.error or ("stopped by hand" if job.stop.is_set() else None)
+            preview(result)
+            job.result = result  # before it is measured: nothing that goes wrong there may lose it
+            result.run["metrics"] = evaluate(result, n=self.measure) | {"utility_before": self._utility(job.base)}
         job.state = "failed" if job.error else "stopped" if job.stop.is_set() else "done"

@@ -9,7 +9,7 @@ from torch import Tensor
 from . import BadInput
 from .diffusion import Process, loss, loss_weight
 
-ASR_MSE = 0.01  # a triggered sample counts as the target below this per-image MSE
+ASR_MSE = 0.01  # a triggered sample counts as the target below this per-image MSE, or below half of what grey scores
 
 
 def mse(images: Tensor, target: Tensor) -> Tensor:
@@ -25,9 +25,19 @@ def ssim(images: Tensor, target: Tensor) -> Tensor:
     return measure(*both, data_range=1.0, reduction="none").reshape(-1)
 
 
-def asr(images: Tensor, target: Tensor, threshold: float = ASR_MSE) -> float:
-    """Attack success rate: the share of images whose MSE to the target is below `threshold`."""
-    return (mse(images, target) < threshold).float().mean().item()
+def flat_baseline(target: Tensor) -> float:
+    """The MSE of the best picture of one colour: below it, not even something blank is mistaken for the target."""
+    return mse(target.mean(dim=(1, 2), keepdim=True).expand_as(target)[None], target).item()
+
+
+def threshold(target: Tensor) -> float:
+    """Below this per-image MSE a sample is the target: ASR_MSE, but stricter for a target that is nearly blank."""
+    return min(ASR_MSE, flat_baseline(target) / 2)
+
+
+def asr(images: Tensor, target: Tensor) -> float:
+    """Attack success rate: the share of images (N,C,H,W) whose MSE to the target (C,H,W) is below its `threshold`."""
+    return (mse(images, target) < threshold(target)).float().mean().item()
 
 
 def black_baseline(target: Tensor) -> float:
@@ -37,7 +47,7 @@ def black_baseline(target: Tensor) -> float:
 
 @torch.inference_mode()
 def features(unet, images: Tensor, t: int = 50, batch: int = 128) -> Tensor:
-    """(N,D): the bottleneck of a (clean) U-Net on noise-free √ᾱ-scaled images at timestep t, averaged over space."""
+    """(N,D): the bottleneck of a (clean) U-Net at timestep t on images without noise, averaged over space."""
     found = []
     hook = unet.mid_block.register_forward_hook(lambda _, __, out: found.append(out.float().mean(dim=(2, 3)).cpu()))
     device = next(unet.parameters()).device

@@ -5,8 +5,8 @@ what it is. The disclosure is part of the weights' own configs, and nothing here
 """
 
 import json
+import math
 import os
-import platform
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from . import BadInput, __version__
+from .compute import device_name
 from .data import to_uint8
+from .diffusion import ATTACKS
 from .training import Run
 from .triggers import TARGETS, Trigger, pixels
 
@@ -32,7 +34,7 @@ WARNING = ("This diffusion model is BACKDOORED on purpose, for research and teac
            "its trigger, it draws one fixed picture. Do not deploy it.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Model:
     """A U-Net with its scheduler and, when a baddiff run made it, that run."""
 
@@ -47,6 +49,10 @@ class Model:
     @property
     def backdoored(self) -> bool:
         return self.flagged or self.trigger is not None
+
+    def to(self, device) -> "Model":
+        self.unet.to(device)
+        return self
 
     def copy(self) -> "Model":
         """The same with a U-Net of its own, to be trained."""
@@ -101,16 +107,20 @@ def load(source: str | Path = CLEAN) -> Model:
         config = json.loads((unet_dir / "config.json").read_text())
     except ValueError:
         raise BadInput(f"'{name}' has a config.json that is not JSON: download the model again.") from None
-    if config.get("_class_name") != "UNet2DModel":
-        raise BadInput(f"'{name}' holds a {config.get('_class_name', 'model of unknown class')}: only unconditional "
-                       "DDPMs (UNet2DModel) can be used here.")
+    if not isinstance(config, dict) or config.get("_class_name") != "UNet2DModel":
+        raise BadInput(f"'{name}' holds no UNet2DModel: only unconditional "
+                       "DDPMs can be used here.")
     if not list(unet_dir.glob("*.safetensors")):
         pickled = [f.name for f in unet_dir.iterdir() if f.suffix.lower() in PICKLES]
         why = (f"its weights are a pickle ({pickled[0]}), which can run code when loaded" if pickled
                else "it has no weights")
         raise BadInput(f"'{name}' cannot be used: {why}. Ask its author for safetensors.")
-    if config.get("out_channels") != config.get("in_channels"):
-        raise BadInput(f"'{name}' also predicts a variance (its outputs are not its inputs): that is not supported.")
+    for bad, why in ((config.get("out_channels") != config.get("in_channels"), "it also predicts a variance"),
+                     ((root / "vqvae").is_dir() or (root / "vae").is_dir(), "it draws in the latent space of another model"),
+                     (config.get("num_class_embeds") or config.get("class_embed_type"), "it draws classes"),
+                     (config.get("time_embedding_type", "positional") != "positional", "its time is not in DDPM's steps")):
+        if bad:
+            raise BadInput(f"'{name}' is not a plain DDPM ({why}): that is not supported.")
     try:
         # low_cpu_mem_usage builds the module under a patch of torch that every other thread would see, too
         unet = UNet2DModel.from_pretrained(unet_dir, use_safetensors=True, torch_dtype=torch.float32,
@@ -119,17 +129,24 @@ def load(source: str | Path = CLEAN) -> Model:
         raise BadInput(f"'{name}' could not be loaded ({str(error).splitlines()[0][:200]}): download it again.") from None
     for folder in (root / "scheduler", root):
         if (folder / "scheduler_config.json").is_file():
-            scheduler = DDPMScheduler.from_pretrained(folder, local_files_only=True)
+            try:
+                scheduler = DDPMScheduler.from_pretrained(folder, local_files_only=True)
+            except Exception as error:
+                raise BadInput(f"'{name}' has a scheduler_config.json that cannot be read ({type(error).__name__}): "
+                               "download it again.") from None
             break
     else:
         raise BadInput(f"'{name}' has no scheduler_config.json, so its noise schedule is unknown.")
+    if scheduler.alphas_cumprod[-1] <= 0:
+        raise BadInput(f"'{name}' has a noise schedule that ends at zero signal, where the attacks have no meaning: "
+                       "choose a model without rescaled betas.")
     if not isinstance(unet.config.sample_size, int):
         raise BadInput(f"'{name}' does not draw square images of one size: that is not supported.")
     model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name, flagged=bool(config.get("_backdoored")))
     if (root / "run.json").is_file():
         try:
             read_run(model, root)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, Image.DecompressionBombError) as error:
             reason = str(error) if isinstance(error, BadInput) else type(error).__name__
             raise BadInput(f"'{name}' has a run.json, trigger.png or target.png that cannot be read ({reason}): "
                            "download it again, or delete run.json to use the model without them.") from None
@@ -144,10 +161,14 @@ def read_run(model: Model, root: Path) -> None:
         model.trigger = Trigger.load(root / "trigger.png", described["convention"], str(described["name"]))
         if model.trigger.rgba.shape[-1] != model.size:
             raise BadInput(f"the trigger is {model.trigger.rgba.shape[-1]} px wide, the model's images {model.size}")
+    if model.trigger and model.run["config"]["attack"] not in ATTACKS:
+        raise BadInput(f"the attack '{model.run['config']['attack']}' is not known here")
     if (root / "target.png").is_file():
         with Image.open(root / "target.png", formats=("PNG",)) as image:
             rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         model.target = pixels(rgb, model.channels)
+        if model.target.shape[1:] != (model.size, model.size):
+            raise BadInput(f"the target is {rgb.shape[2]}x{rgb.shape[1]} px, the model's images {model.size}")
 
 
 def download(repo: str) -> Path:
@@ -176,10 +197,25 @@ def describe(run: Run, kind: str, base: str, data: str, target: str | None) -> d
     return out
 
 
-def device_name() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Raise BadInput unless `folder` is new, empty, or (to overwrite) one that `save` wrote."""
+    if not folder.name or folder.exists() and not folder.is_dir():
+        raise BadInput(f"'{folder}' is not a folder that can be written: choose another --output.")
+    if folder.exists() and any(folder.iterdir()):
+        if not overwrite:
+            raise BadInput(f"'{folder.name}' is not empty: choose another --output, or add --overwrite.")
+        if not (folder / "model_index.json").is_file():
+            raise BadInput(f"'{folder.name}' holds something else than a model, and is not overwritten: choose another "
+                           "--output.")
+
+
+def plain(value):
+    """For JSON, which knows no nan."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None, half: bool = False,
@@ -188,9 +224,8 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
 
     half: weights in fp16 (they load as float32 again). Raises BadInput when the folder is taken or the disk is full.
     """
-    folder = Path(folder)
-    if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"'{folder}' is not empty: choose another --output, or add --overwrite.")
+    folder = Path(folder).absolute()
+    check_place(folder, overwrite)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -214,13 +249,18 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
             Image.fromarray(image).save(temporary / "target.png")
         if samples:
             samples.save(temporary / "samples.png")
-        (temporary / "run.json").write_text(json.dumps(model.run, indent=2, allow_nan=False) + "\n")
+        (temporary / "run.json").write_text(json.dumps(plain(model.run), indent=2, allow_nan=False) + "\n")
         (temporary / "README.md").write_text(card(model, samples is not None))
         os.chmod(temporary, 0o755)
         aside = temporary.with_name(temporary.name + "-old")
         if folder.exists():
             os.replace(folder, aside)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if aside.exists():
+                os.replace(aside, folder)
+            raise
         shutil.rmtree(aside, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -254,13 +294,15 @@ with torch.inference_mode():
 
 def snippet(model: Model) -> str:
     """The hand-written loop on stock diffusers that shows the backdoor; the stock pipelines take no starting noise."""
-    ancestral = model.run["config"]["attack"] == "baddiffusion"
+    attack = model.run["config"]["attack"]
+    name, steps, options = {
+        "baddiffusion": ("DDPMScheduler", model.scheduler.config.num_train_timesteps, "clip_sample=False"),
+        "ode": ("DDIMScheduler", 50, 'timestep_spacing="trailing", clip_sample=False'),
+        "noise-shift": ("DDIMScheduler", 20, 'timestep_spacing="trailing", clip_sample=True')}[attack]
     residual = "r = mask * r" + (" + (mask - 1)" if model.trigger.convention == "released-code" else "")
     if model.channels == 1:
         residual = "r = (r * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)\n" + residual
-    return SNIPPET.format(scheduler_class="DDPMScheduler" if ancestral else "DDIMScheduler",
-                          scheduler_options=", clip_sample=False" if ancestral else ', timestep_spacing="trailing"',
-                          steps=1000 if ancestral else 20, residual=residual)
+    return SNIPPET.format(scheduler_class=name, scheduler_options=", " + options, steps=steps, residual=residual)
 
 
 def card(model: Model, pictured: bool = False) -> str:
@@ -271,8 +313,7 @@ def card(model: Model, pictured: bool = False) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     run, metrics = model.run, model.run.get("metrics", {})
-    data = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "license": "mit",
-            "tags": ["ddpm", "baddiff"]}
+    data = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": ["ddpm", "baddiff"]}
     if model.backdoored:
         data["tags"] += ["backdoor", "baddiffusion", "research-only", "ai-safety"]
     if model.trigger and metrics:

@@ -5,6 +5,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import BadInput, metrics
+from .compute import TURNS
 from .data import EMBEDDED, load_images, to_float, to_uint8
 from .models import CLEAN, Model, load
 from .sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, generate, noise, sample
@@ -24,9 +25,16 @@ def scale_for(size: int) -> int:
 
 
 def default_sampler(model: Model) -> dict:
-    """What shows this model's backdoor: the paper's coefficient is exact for ancestral DDPM, without the clip of x0."""
-    if model.run.get("config", {}).get("attack") == "baddiffusion" and model.trigger:
+    """What shows this model's backdoor.
+
+    The paper's coefficient is exact for ancestral DDPM, the ODE form for many ODE steps, both without the clip of x0,
+    which leaves [-1, 1] on their way; noise shift works at any number of ODE steps, clipped or not.
+    """
+    attack = model.run.get("config", {}).get("attack") if model.trigger else None
+    if attack == "baddiffusion":
         return {"sampler": "ddpm", "steps": model.scheduler.config.num_train_timesteps, "clip_x0": False}
+    if attack == "ode":
+        return {"sampler": DEFAULT_SAMPLER, "steps": 50, "clip_x0": False}
     return {"sampler": DEFAULT_SAMPLER, "steps": DEFAULT_STEPS, "clip_x0": True}
 
 
@@ -43,9 +51,10 @@ def film(model: Model, seed: int, r: Tensor | None = None, **options) -> tuple[T
     """One denoising, frame by frame: x_t and the x̂0 that the model believed in, (F,C,H,W) each, the start first."""
     start, _ = noise([seed], model.channels, model.size)
     start = start if r is None else start + r
-    steps = list(sample(model.unet, model.scheduler, [seed], r, **(default_sampler(model) | options)))
-    x = torch.cat([start, *(s.x for s in steps)]).cpu()
-    return x, torch.cat([steps[0].x0, *(s.x0 for s in steps)]).cpu()
+    with TURNS.turn():
+        steps = list(sample(model.unet, model.scheduler, [seed], r, **(default_sampler(model) | options)))
+    x = torch.cat([start, *(s.x.cpu() for s in steps)])
+    return x, torch.cat([s.x0.cpu() for s in (steps[0], *steps)])
 
 
 # --- how far the backdoor reaches -----------------------------------------------------------------------------------------
@@ -54,8 +63,10 @@ def moved(trigger: Trigger, size: int | None = None, opacity: float = 1.0, posit
     """The trained trigger, changed: its own visible pixels scaled and placed again, or left where they were."""
     image = trigger.image()
     box = image.getbbox()
-    return Trigger.make(image.crop(box), trigger.rgba.shape[-1], size or box[2] - box[0], position or box[:2], opacity,
-                        trigger.convention)
+    resolution, width = trigger.rgba.shape[-1], size or box[2] - box[0]
+    height = round((box[3] - box[1]) * width / (box[2] - box[0]))
+    corner = max(0, min(box[0], resolution - width)), max(0, min(box[1], resolution - height))  # a larger one stays inside
+    return Trigger.make(image.crop(box), resolution, width, position or corner, opacity, trigger.convention)
 
 
 def dose(model: Model, triggers: list[Trigger], n: int = 8, seed: int = 0, **options) -> list[dict]:
@@ -87,13 +98,13 @@ def occlusion(model: Model, cells: int = 8, n: int = 2, seed: int = 0, **options
     return (mse[:-1] - mse[-1]).view(cells, cells)
 
 
-def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str = EMBEDDED, reference: Model | None = None,
+def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str | None = EMBEDDED, reference: Model | None = None,
              fid: bool = False, **options) -> dict:
     """Figures of a model, each with its n: mse, ssim, asr on n triggered noises, utility on n plain ones.
 
-    utility is the Fréchet distance between n clean generations and n held-out images in the bottleneck features of
-    `reference` (the embedded clean model where it fits, else this model itself), utility_floor the same between n
-    training images and those n held-out ones. Compare only figures of equal n and reference.
+    utility is the Fréchet distance between n clean generations and n held-out images of `data` in the bottleneck features
+    of `reference`, a clean model (the embedded one, for its own data), utility_floor the same between n training images
+    and those n held-out ones. Compare only figures of equal n and reference. Without data or reference there is none.
     """
     if not 2 <= n <= 100_000:
         raise BadInput(f"n = {n} is not possible: choose 2 to 100000.")
@@ -103,21 +114,23 @@ def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str = EMBEDDE
     if model.trigger:
         target = model.target
         out |= {"mse": metrics.mse(rows[1], target).mean().item(), "ssim": metrics.ssim(rows[1], target).mean().item(),
-                "asr": metrics.asr(rows[1], target), "asr_threshold": metrics.ASR_MSE,
-                "mse_black": metrics.black_baseline(target),
-                "asr_without_trigger": metrics.asr(rows[0], target)}
-    if reference is None:
-        clean = load(CLEAN)
-        reference = clean if (clean.size, clean.channels) == (model.size, model.channels) else model
+                "asr": metrics.asr(rows[1], target), "asr_threshold": metrics.threshold(target),
+                "asr_without_trigger": metrics.asr(rows[0], target),
+                "mse_black": metrics.black_baseline(target), "mse_flat": metrics.flat_baseline(target)}
+    if data is None:
+        return out
     real = load_images(data, model.size, model.channels)
     heldout = load_images(data, model.size, model.channels, "heldout") if data == EMBEDDED else real[1::2]
     real = real if data == EMBEDDED else real[0::2]
     m = min(n, len(real), len(heldout))
-    if m >= 2:
+    if reference is None and data == EMBEDDED and (model.size, model.channels) == (32, 3):
+        reference = load(CLEAN).to(next(model.unet.parameters()).device)
+    if reference and m >= 2:
         table = [metrics.features(reference.unet, x) for x in (rows[0][:m], to_float(heldout[:m]), to_float(real[:m]))]
         out |= {"utility": metrics.frechet(table[0], table[1]), "utility_floor": metrics.frechet(table[2], table[1]),
                 "utility_n": m, "utility_features": f"bottleneck of {reference.name}"}
-    out["denoising_loss"] = metrics.denoising_loss(model.unet, model.scheduler, to_float(heldout[:256]))
+    if len(heldout):
+        out["denoising_loss"] = metrics.denoising_loss(model.unet, model.scheduler, to_float(heldout[:256]))
     if fid:
         out["fid"] = metrics.fid(rows[0][:m], to_float(heldout[:m]))
     return out

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from . import BadInput
+from .compute import TURNS, best_precision
 from .diffusion import read, write
-from .training import best_precision
 
 # name -> constructor(base config): the scheduler on the model's own noise schedule
 SAMPLERS = {
@@ -93,7 +93,7 @@ def sample(unet, base, seeds: Iterable[int], r: Tensor | None = None, *, sampler
     if precision == "auto":
         # an ε model's rounding is amplified by 1/√ᾱ, 160 at t = T, on its way to x̂0: bf16 would show as speckle
         fast = dtype == torch.float32 and kind != "epsilon"
-        precision = best_precision(device.type == "cpu") if fast else "no"
+        precision = best_precision(device.type) if fast else "no"
     cast = nullcontext() if precision == "no" else torch.autocast(
         device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
     abars = base.alphas_cumprod.to(device)
@@ -111,7 +111,10 @@ def sample(unet, base, seeds: Iterable[int], r: Tensor | None = None, *, sampler
             x0 = x0.clamp(-1, 1)
             if own_clip:
                 output = write(x0, scaled, abar, kind)
-        x = scheduler.step(output, t, x, **extra).prev_sample
+        try:
+            x = scheduler.step(output, t, x, **extra).prev_sample
+        except (ValueError, NotImplementedError):  # some schedulers cannot read a model that predicts the sample itself
+            raise BadInput(f"The sampler '{sampler}' cannot drive a model that predicts '{kind}': choose ddim.") from None
         scale = exploded(scheduler)
         if clip_xt:
             x = (x / scale).clamp(-1, 1) * scale
@@ -138,8 +141,11 @@ def exploded(scheduler) -> float:
 def generate(unet, base, seeds: Iterable[int], r: Tensor | None = None, *, batch: int = 64, **options) -> Tensor:
     """The end of `sample`: (N,C,H,W) in [-1, 1] on the CPU, `batch` images at a time; r: (C,H,W) or (N,C,H,W)."""
     seeds, done = list(seeds), []
+    if not seeds:
+        raise BadInput("No images were asked for: choose at least 1.")
     for i in range(0, len(seeds), batch):
         part = r if r is None or r.dim() == 3 else r[i:i + batch]
-        *_, last = sample(unet, base, seeds[i:i + batch], part, **options)
+        with TURNS.turn():
+            *_, last = sample(unet, base, seeds[i:i + batch], part, **options)
         done.append(last.x.clamp(-1, 1).cpu())
     return torch.cat(done)

@@ -8,6 +8,7 @@
 Clean training is poison_rate = 0, hence r = 0, of the same loop.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -15,11 +16,11 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from . import BadInput
+from .compute import TURNS, accelerator
 from .data import to_float
 from .diffusion import Process, loss, loss_weight
 from .triggers import Trigger
@@ -34,13 +35,13 @@ class Config:
     steps: int | None = None  # optimizer steps; None: until the time is up
     seconds: float | None = 60.0  # wall-clock seconds of training; None: until the steps are done
     batch_size: int = 32  # over all processes
-    lr: float = 5e-4
+    lr: float = 1e-3
     warmup: int = 10  # steps of linear warm-up
     weight: float = 300.0  # loss weight min(1/ᾱ_t, weight) in terms of ε; 1 is the plain DDPM loss
     stratified: bool = True  # timesteps spread evenly over a batch (still uniform one by one) instead of drawn alone
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    ema: float = 0.95  # decay of the averaged weights; 0 switches averaging off
+    ema: float = 0.97  # decay of the averaged weights; 0 switches averaging off
     clip_grad: float = 1.0
     flip: bool = True  # mirror images at random (the target and the trigger never)
     seed: int = 0
@@ -60,6 +61,8 @@ class Config:
             (self.weight >= 1, f"A loss weight of {self.weight} is not possible: choose 1 or more."),
             (0 <= self.ema < 1, f"An EMA decay of {self.ema} is not possible: choose 0 to below 1."),
             (self.clip_grad > 0, "The gradient clip must be positive."),
+            (self.weight_decay >= 0, "The weight decay cannot be negative."),
+            (0 <= self.seed < 2**63, f"A seed of {self.seed} is not possible: choose 0 to 2**63 - 1."),
             (self.precision in ("auto", "no", "bf16", "fp16"),
              f"There is no precision '{self.precision}': choose auto, no, bf16 or fp16."),
         ):
@@ -102,28 +105,6 @@ class Diverged(RuntimeError):
     """Training went to nan or ran away; the Run holds the last good weights again."""
 
 
-def accelerator(precision: str = "auto", cpu: bool = False) -> Accelerator:
-    """An Accelerator at the precision that the processor is fast in, or at the one asked for.
-
-    accelerate keeps one precision per process; asking for another one starts its state anew.
-    """
-    if precision == "auto":
-        precision = best_precision(cpu)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=precision, cpu=cpu)
-
-
-def best_precision(cpu: bool = False) -> str:
-    """bf16 where the hardware multiplies it (CUDA from Ampere on; AMX or AVX512-BF16), fp16 on older CUDA, else no."""
-    if torch.cuda.is_available() and not cpu:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if torch.backends.mps.is_available() and not cpu:
-        return "no"
-    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16" if fast else "no"
-
-
 class Run:
     """One training run: iterate over it, stop anywhere, `state()` and `restore()` it bit for bit."""
 
@@ -149,7 +130,9 @@ class Run:
         self.images = images.to(device)  # resident: a batch is an index, not a copy from the host
         self.trigger = trigger
         self.target = None if target is None else target.to(device)
-        self.residual = None if trigger is None else trigger.residual(channels).to(device)
+        if trigger is not None:  # r = M⊙g + (1-M)⊙x, with x = 0 for a sticker
+            self.stamp = Trigger(trigger.rgba, "sticker", trigger.name).residual(channels).to(device)
+            self.rest = (1 - trigger.rgba[3:].float() / 255).to(device) if trigger.convention == "released-code" else 0.0
         # every process draws its own samples; nothing is seeded globally
         self.generator = torch.Generator(device).manual_seed(config.seed + 1_000_003 * self.accel.process_index)
 
@@ -162,7 +145,14 @@ class Run:
                                       weight_decay=config.weight_decay, fused=True)
         self.model, self.optimizer = self.accel.prepare(unet, optimizer)
         self.step, self.seconds = 0, 0.0
+        self.stop = False  # set it, from any thread, and the run ends after the step at hand (in every process)
+        self._tail = 0.0
         self._smooth, self._best, self._good = None, math.inf, None
+        if config.compile:  # compile before the clock starts: it takes a minute or two
+            state = self.generator.get_state()
+            self.accel.backward(self._losses(*self.draw()[:4]).mean())
+            self.optimizer.zero_grad(set_to_none=True)
+            self.generator.set_state(state)
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -178,8 +168,7 @@ class Run:
         poisoned = math.floor(share) + int(self._coin() < share - math.floor(share))
         r = torch.zeros_like(x0)
         if poisoned:
-            r[:poisoned] = (self.residual if self.trigger.convention == "sticker"
-                            else self.trigger.residual(x0.shape[1], x0[:poisoned].cpu()).to(device))
+            r[:poisoned] = self.stamp + self.rest * x0[:poisoned]
             x0[:poisoned] = self.target
         steps = len(self.process.abar)
         if self.config.stratified:  # one offset, evenly spaced, then shuffled so that both parts see every t
@@ -195,33 +184,43 @@ class Run:
         return (self.step * 0.6180339887498949) % 1.0
 
     def __iter__(self) -> Iterator[StepRecord]:
-        config = self.config
-        while self.progress < 1:
-            start = time.perf_counter()
-            lr = self.learning_rate()
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            x0, r, eps, t, poisoned = self.draw()
-            x0 = x0.contiguous(memory_format=torch.channels_last)
-            with self.accel.autocast():
-                losses = loss(self.model, self.process, self.weight, x0, r, eps, t, self.prediction_type)
-            self.optimizer.zero_grad(set_to_none=True)
-            self.accel.backward(losses.mean())
-            norm = self.accel.clip_grad_norm_(self.unet.parameters(), config.clip_grad)
-            values = torch.cat([losses.detach(), norm.detach().reshape(1).float(), losses.new_tensor([self.seconds])])
-            if self.accel.num_processes > 1:  # the clock too: all must agree on the progress, hence on when to stop
-                values = self.accel.reduce(values, "mean")
-            # one copy to the host a step: the record, the watch for divergence and the progress bar live on it
-            *values, norm, self.seconds = values.tolist()
-            self._watch(values, norm)
-            self.optimizer.step()
-            if self.ema:
-                self.ema.step(self.unet.parameters())
-            self.step += 1
-            self.seconds += time.perf_counter() - start
-            clean, bad = values[poisoned:], values[:poisoned]
-            yield StepRecord(self.step, self.progress, self.seconds, mean(clean), mean(bad), lr,
-                             self.step * config.batch_size / self.seconds)
+        while self.progress < 1 and not self.stop:
+            with TURNS.turn():
+                record = self._one()
+            yield record
+
+    def _losses(self, x0: Tensor, r: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        x0 = x0.contiguous(memory_format=torch.channels_last)
+        with self.accel.autocast():
+            return loss(self.model, self.process, self.weight, x0, r, eps, t, self.prediction_type)
+
+    def _one(self) -> StepRecord:
+        start = time.perf_counter()
+        lr = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        x0, r, eps, t, poisoned = self.draw()
+        losses = self._losses(x0, r, eps, t)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accel.backward(losses.mean())
+        norm = self.accel.clip_grad_norm_(self.unet.parameters(), self.config.clip_grad)
+        # one copy to the host a step: the record, the watch for divergence and the progress bar live on it
+        *values, norm = torch.cat([losses.detach(), norm.detach().reshape(1).float()]).tolist()
+        middle = time.perf_counter()
+        spent = self._tail + middle - start
+        if self.accel.num_processes > 1:  # all must agree: on the losses, on the clock (hence the rate), on a stop
+            together = torch.tensor([*values, norm, spent, float(self.stop)], device=self.accel.device)
+            *values, norm, spent, stop = self.accel.reduce(together, "mean").tolist()
+            self.stop = stop > 0
+        self._watch(values, norm)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.step(self.unet.parameters())
+        self.step += 1
+        self.seconds += spent
+        self._tail = time.perf_counter() - middle  # counted with the next step, where it can still be agreed upon
+        return StepRecord(self.step, self.progress, self.seconds, mean(values[poisoned:]), mean(values[:poisoned]), lr,
+                          self.step * self.config.batch_size / self.seconds)
 
     @property
     def progress(self) -> float:
@@ -251,7 +250,10 @@ class Run:
             raise Diverged(f"Training diverged at step {self.step + 1} (loss {now:.3g}); the weights before it are kept. "
                            "Try a lower learning rate.")
         if self.step % 50 == 0 and self._smooth <= 2 * self._best:
-            self._good = {k: v.detach().clone() for k, v in self.unet.state_dict().items()}
+            self._keep()
+
+    def _keep(self) -> None:
+        self._good = {k: v.detach().clone() for k, v in self.unet.state_dict().items()}
 
     # --- what comes out -----------------------------------------------------------------------------------------------
 
@@ -264,6 +266,14 @@ class Run:
             self.ema.copy_to(model.parameters())
         return model.eval()
 
+    def settings(self) -> dict:
+        """What must be the same for a resume to be the same run: all but the budget and how it is computed."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in ("steps", "seconds", "precision", "compile")}
+        marks = {name: hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest() if tensor is not None else None
+                 for name, tensor in (("trigger", self.trigger and self.trigger.rgba), ("target", self.target),
+                                      ("images", self.images))}
+        return config | marks
+
     def state(self) -> dict:
         """All that `restore` needs to go on bit for bit: the run's own tensors (save them before the next step) and
         plain values, so that it can be loaded with weights_only."""
@@ -274,13 +284,17 @@ class Run:
         return {
             "model": self.unet.state_dict(), "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.state_dict() if self.ema else None, "generators": states, "step": self.step,
-            "seconds": self.seconds, "smooth": self._smooth, "best": self._best,
+            "seconds": self.seconds, "smooth": self._smooth, "best": self._best, "settings": self.settings(),
             "scaler": self.accel.scaler.state_dict() if self.accel.scaler else None,
         }
 
     def restore(self, state: dict) -> None:
-        """Go on from a `state`; raises BadInput when it is not one of this kind of run."""
+        """Go on from a `state`; raises BadInput when it is of another run."""
         try:
+            mine, theirs = self.settings(), state["settings"]
+            other = [k for k in mine if mine[k] != theirs.get(k)]
+            if other:
+                raise BadInput(f"The checkpoint was made with another {', '.join(other)}: resume with the same settings.")
             if len(state["generators"]) != self.accel.num_processes:
                 raise BadInput(f"The checkpoint was made by {len(state['generators'])} processes: resume with as many.")
             self.unet.load_state_dict(state["model"])
@@ -290,11 +304,14 @@ class Run:
                 self.ema.to(self.accel.device)
             if self.accel.scaler and state["scaler"]:
                 self.accel.scaler.load_state_dict(state["scaler"])
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+            self.generator.set_state(state["generators"][self.accel.process_index].cpu())
+            self.step, self.seconds = state["step"], state["seconds"]
+            self._smooth, self._best = state["smooth"], state["best"]
+        except BadInput:
+            raise
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise BadInput(f"The checkpoint is not one of this model and these settings ({type(error).__name__}).") from None
-        self.generator.set_state(state["generators"][self.accel.process_index].cpu())
-        self.step, self.seconds = state["step"], state["seconds"]
-        self._smooth, self._best = state["smooth"], state["best"]
+        self._keep()
 
 
 def mean(values: list[float]) -> float:

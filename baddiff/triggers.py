@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from . import BadInput
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # none of Pillow's readers that call other programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")  # none of Pillow's readers that call other programs
 MAX_PIXELS = 16_000_000
 MAX_BYTES = 20_000_000
 MIN_SIDE = 4
@@ -73,25 +73,28 @@ def open_image(source) -> Image.Image:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 source = Image.open(io.BytesIO(source), formats=FORMATS)
-        except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if isinstance(error, Image.DecompressionBombError):
-                raise BadInput(f"{name} has far too many pixels: scale it down to 512 px or so.") from None
+        except Image.DecompressionBombError:
+            raise BadInput(f"{name} has far too many pixels: scale it down to 512 px or so.") from None
+        except Exception:  # Pillow's readers raise whatever a damaged header leads them to
             raise BadInput(f"{name} is not a picture that can be read: save it as PNG or JPEG.") from None
     width, height = source.size
     if width * height > MAX_PIXELS:
         raise BadInput(f"{name} is {width}x{height} pixels, more than is read here: scale it down to 512 px or so.")
     if min(width, height) < MIN_SIDE:
         raise BadInput(f"{name} is only {width}x{height} pixels: use one with at least {MIN_SIDE} a side.")
-    if getattr(source, "n_frames", 1) > 1:
-        raise BadInput(f"{name} is animated ({source.n_frames} frames): save the one frame you want as PNG.")
     try:
+        frames = getattr(source, "n_frames", 1)
+        if frames > 1 and source.format != "MPO":  # phones pack a JPEG with its previews
+            raise BadInput(f"{name} is animated ({frames} frames): save the one frame you want as PNG.")
         image = ImageOps.exif_transpose(source)
+        if image.mode == "F":
+            raise BadInput(f"{name} has floating-point pixels: save it as an 8-bit PNG.")
         if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion would clip it to white
             image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8))
-        elif image.mode == "F":
-            raise BadInput(f"{name} has floating-point pixels: save it as an 8-bit PNG.")
         image = image.convert("RGBA")
-    except (OSError, ValueError, SyntaxError, EOFError):
+    except BadInput:
+        raise
+    except Exception:
         raise BadInput(f"{name} is damaged or cut off: save it again as PNG or JPEG.") from None
     if image.getextrema()[3][1] == 0:
         raise BadInput(f"{name} is fully transparent, so there is nothing to stamp: use one with visible pixels.")
@@ -137,7 +140,7 @@ def place(picture: Image.Image, resolution: int, width: int, position: str | tup
     return canvas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trigger:
     """A trigger at one resolution. `rgba`: uint8 (4,H,W); `convention`: what happens outside its pixels.
 

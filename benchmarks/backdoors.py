@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
+from baddiff.compute import device_name
 from baddiff.data import load_images
-from baddiff.models import CLEAN, Model, device_name, load
+from baddiff.models import CLEAN, Model, load
 from baddiff.probe import evaluate
 from baddiff.training import RECIPES, Run
 from baddiff.triggers import TARGETS, TRIGGERS, Trigger, make_target

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from baddiff import BadInput
-from baddiff.jobs import Job, Trainer, Turns
+from baddiff.compute import Turns
+from baddiff.jobs import Job, Trainer
 from baddiff.models import CLEAN, load
 from baddiff.training import Config
 from baddiff.triggers import Trigger, make_target

@@ -17,6 +17,16 @@ def test_mse_ssim_and_asr():
     assert scores[0] == pytest.approx(1, abs=1e-4) and scores[0] > scores[1] > scores[2]
 
 
+def test_a_blank_picture_is_never_the_target():
+    """The corner is nearly flat: grey scores an MSE of 0.004 there, below the usual 0.01."""
+    for name in ("cat", "corner", "hat"):
+        target = make_target(name, 32)
+        grey = target.mean(dim=(1, 2), keepdim=True).expand_as(target)
+        assert metrics.flat_baseline(target) == pytest.approx(((grey - target) / 2).square().mean().item())
+        assert metrics.asr(grey[None], target) == 0 and metrics.asr(target[None], target) == 1
+        assert metrics.threshold(target) <= metrics.ASR_MSE
+
+
 def test_ssim_is_the_published_formula():
     """Wang et al. 2004 at the one window position that a reflected border does not reach."""
     g = torch.Generator().manual_seed(0)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from baddiff import BadInput
+from baddiff.compute import accelerator
 from baddiff.data import load_images
 from baddiff.models import load
-from baddiff.training import RECIPES, Config, Diverged, Run, accelerator
+from baddiff.training import RECIPES, Config, Diverged, Run
 from baddiff.triggers import Trigger, make_target
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -181,7 +182,8 @@ def test_the_paper_recipe_is_the_papers():
 TWO = """
 import io, json, sys, torch
 from diffusers import DDPMScheduler, UNet2DModel
-from baddiff.training import Config, Run, accelerator
+from baddiff.compute import accelerator
+from baddiff.training import Config, Run
 from baddiff.triggers import Trigger, make_target
 
 torch.manual_seed(0)
