@@ -115,6 +115,7 @@ def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str | None = 
         target = model.target
         out |= {"mse": metrics.mse(rows[1], target).mean().item(), "ssim": metrics.ssim(rows[1], target).mean().item(),
                 "asr": metrics.asr(rows[1], target), "asr_threshold": metrics.threshold(target),
+                "asr_at_0.01": (metrics.mse(rows[1], target) < metrics.ASR_MSE).float().mean().item(),
                 "asr_without_trigger": metrics.asr(rows[0], target),
                 "mse_black": metrics.black_baseline(target), "mse_flat": metrics.flat_baseline(target)}
     if data is None:

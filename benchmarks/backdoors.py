@@ -24,7 +24,8 @@ from baddiff.training import RECIPES, Run
 from baddiff.triggers import TARGETS, TRIGGERS, Trigger, make_target
 
 PAIRS = [(trigger, target) for trigger in TRIGGERS for target in TARGETS] + [("upload", "upload")]
-KEYS = ("asr", "mse", "ssim", "asr_without_trigger", "utility", "utility_floor", "denoising_loss", "mse_black")
+KEYS = ("asr_at_0.01", "asr", "asr_threshold", "mse", "ssim", "asr_without_trigger", "utility",
+        "utility_floor", "denoising_loss", "mse_black", "mse_flat")
 
 
 def uploaded(folder: Path) -> tuple[str, str]:
@@ -76,8 +77,9 @@ def main() -> None:
             continue
         found = measure(*pair, args.seconds, args.n)
         out["pairs"].append(found)
-        print(f"{'-'.join(pair):20} asr {found['asr']:.3f} mse {found['mse']:.4f} ssim {found['ssim']:.3f} false "
-              f"{found['asr_without_trigger']:.3f} utility {found['utility']:.3f} steps {found['steps']}", flush=True)
+        print(f"{'-'.join(pair):20} asr at 0.01 {found['asr_at_0.01']:.3f} asr {found['asr']:.3f} mse {found['mse']:.4f} "
+              f"ssim {found['ssim']:.3f} false {found['asr_without_trigger']:.3f} utility {found['utility']:.3f} "
+              f"steps {found['steps']}", flush=True)
         if args.output:
             args.output.write_text(json.dumps(out, indent=1) + "\n")
 
