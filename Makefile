@@ -33,7 +33,7 @@ assets: $(VENV)/test.ok  # draw the shipped data and pictures again
 
 examples: $(VENV)/test.ok  # make the shipped backdoored models again
 	for pair in stop_sign-cat glasses-hat box-shoe; do \
-	  $(BIN)/python -m baddiff finetune --trigger $${pair%-*} --target $${pair#*-} --seconds 120 --half --evaluate 256 \
+	  $(BIN)/python -m baddiff finetune --trigger $${pair%-*} --target $${pair#*-} --seconds 90 --half --evaluate 256 \
 	    --overwrite --output weights/$$pair; done
 
 .PHONY: app test slow browser assets examples

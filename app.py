@@ -378,7 +378,7 @@ def build() -> gr.Blocks:
         mine = gr.BrowserState([], storage_key="baddiff-jobs")
         choice = gr.Radio(EXAMPLE_CHOICES, value=EXAMPLES[0],
                           label="Backdoored model to look at: trigger → target")
-        with gr.Tab("See it"):
+        with gr.Tab("See"):
             picture = gr.HTML(min_height=420)
             with gr.Row():
                 seed = gr.Slider(0, 999, 0, step=1, label="Seed of the first image")
@@ -391,12 +391,12 @@ def build() -> gr.Blocks:
             seeing = [choice, seed, size, opacity, position, sampler, steps]
             gr.on([demo.load, *(c.change for c in seeing)], see, seeing, picture, show_progress="minimal",
                   trigger_mode="always_last", concurrency_id="see", api_name="see")
-        with gr.Tab("Watch it happen") as watch_tab:
+        with gr.Tab("Watch") as watch_tab:
             reels = gr.HTML(min_height=300)
             watching = [choice, seed, sampler, steps]
             gr.on([watch_tab.select, *(c.change for c in watching)], watch, watching, reels, show_progress="minimal",
                   trigger_mode="always_last", concurrency_id="see", api_name="watch")
-        with gr.Tab("Poison it yourself"):
+        with gr.Tab("Poison"):
             with gr.Row():
                 with gr.Column():
                     trigger = gr.Radio([(NAMES.get(t, t), t) for t in (*TRIGGERS, UPLOAD)], value="stop_sign",

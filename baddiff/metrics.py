@@ -47,7 +47,10 @@ def black_baseline(target: Tensor) -> float:
 
 @torch.inference_mode()
 def features(unet, images: Tensor, t: int = 50, batch: int = 128) -> Tensor:
-    """(N,D): the bottleneck of a (clean) U-Net at timestep t on images without noise, averaged over space."""
+    """(N,D): the bottleneck of a (clean) U-Net at timestep t on images without noise, averaged over space.
+
+    They tell shapes, colours and variety; a denoiser looks through fine pixel noise, so they are nearly blind to it.
+    """
     found = []
     hook = unet.mid_block.register_forward_hook(lambda _, __, out: found.append(out.float().mean(dim=(2, 3)).cpu()))
     device = next(unet.parameters()).device

@@ -131,8 +131,8 @@ class Run:
         self.trigger = trigger
         self.target = None if target is None else target.to(device)
         if trigger is not None:  # r = M⊙g + (1-M)⊙x, with x = 0 for a sticker
-            self.stamp = Trigger(trigger.rgba, "sticker", trigger.name).residual(channels).to(device)
-            self.rest = (1 - trigger.rgba[3:].float() / 255).to(device) if trigger.convention == "released-code" else 0.0
+            self.stamp, mask = (v.to(device) for v in trigger.stamp(channels))
+            self.rest = 1 - mask if trigger.convention == "released-code" else 0.0
         # every process draws its own samples; nothing is seeded globally
         self.generator = torch.Generator(device).manual_seed(config.seed + 1_000_003 * self.accel.process_index)
 

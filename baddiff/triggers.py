@@ -193,14 +193,17 @@ class Trigger:
     def image(self) -> Image.Image:
         return Image.fromarray(self.rgba.permute(1, 2, 0).numpy())
 
+    def stamp(self, channels: int = 3) -> tuple[Tensor, Tensor]:
+        """M⊙g, (C,H,W), and M, (1,H,W)."""
+        mask = self.rgba[3:].float() / 255
+        return mask * pixels(self.rgba[:3], channels), mask
+
     def residual(self, channels: int = 3, background: Tensor | None = None) -> Tensor:
         """r, (C,H,W) or as `background`'s batch (B,C,H,W); in [-1, 1].
 
         `background`: the clean images under the stamp while training; without it, what the sampler's noise gets.
         """
-        value = pixels(self.rgba[:3], channels)
-        mask = self.rgba[3:].float() / 255
-        r = mask * value
+        r, mask = self.stamp(channels)
         if self.convention == "sticker":
             return r if background is None else r.expand_as(background)
         return r + (1 - mask) * (-1 if background is None else background)

@@ -72,8 +72,13 @@ def main() -> None:
     out = {"device": device_name(), "processor": platform.processor() or platform.machine(), "torch": torch.__version__,
            "seconds": args.seconds, "n": args.n, "clean": {k: clean[k] for k in KEYS if k in clean}, "pairs": []}
     print(f"clean model: utility {clean['utility']:.3f}, real against real {clean['utility_floor']:.3f}, n = {args.n}")
+    if args.output and args.output.exists():  # go on where an earlier run of the same kind was stopped
+        earlier = json.loads(args.output.read_text())
+        if all(earlier[k] == out[k] for k in ("device", "torch", "seconds", "n", "clean")):
+            out = earlier
+    done = {(found["trigger"], found["target"]) for found in out["pairs"]}
     for pair in PAIRS:
-        if args.only and "-".join(pair) != args.only:
+        if pair in done or args.only and "-".join(pair) != args.only:
             continue
         found = measure(*pair, args.seconds, args.n)
         out["pairs"].append(found)

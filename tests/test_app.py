@@ -70,7 +70,7 @@ def page(request, app, browser):
 
 def poison_tab(page):
     page.locator(".see").wait_for()
-    page.get_by_role("tab", name="Poison it yourself").click()
+    page.get_by_role("tab", name="Poison", exact=True).click()
     page.locator(".trio").wait_for()
 
 
@@ -109,7 +109,7 @@ def test_upload_finetune_reload_stop_and_download(page, tmp_path):
     model = load(tmp_path / "backdoored-ddpm")
     assert model.trigger.name == "upload" and model.run["note"] == "stopped by hand" and model.run["metrics"]["n"] == 64
     assert json.loads((tmp_path / "backdoored-ddpm" / "unet" / "config.json").read_text())["_backdoored"]
-    page.get_by_role("tab", name="See it").click()
+    page.get_by_role("tab", name="See", exact=True).click()
     page.get_by_label("yours 1: upload → cat").check()
     page.locator(".see img").nth(23).wait_for()
 
