@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import BadInput, __version__, data
 from .compute import accelerator, best_device
 from .diffusion import ATTACKS
-from .models import CLEAN, Model, check_place, describe, load, new_unet, save
+from .models import CLEAN, CLEAN_EPS, Model, check_place, describe, load, new_unet, save
 from .probe import default_sampler, evaluate, film, grid, scale_for, side_by_side
 from .sampling import SAMPLERS
 from .training import RECIPES, Config, Diverged, Run
@@ -43,10 +43,11 @@ def settings(args) -> Config:
     return replace(config, **given).check()
 
 
-def start_from(args) -> tuple[Model, str]:
+def start_from(args, config: Config) -> tuple[Model, str]:
     """The model that will be trained, and its name for the record."""
     if args.command == "finetune":
-        model = load(args.model)
+        # the paper's coefficient throws x0 far outside [-1, 1] at high t: only an epsilon model can say that
+        model = load(args.model or (CLEAN_EPS if config.attack == "baddiffusion" else CLEAN))
         return model, model.name
     if args.size < 8 or args.size % 8:
         raise BadInput(f"Images of {args.size} px are not possible: choose a multiple of 8.")
@@ -81,7 +82,7 @@ def train(args) -> dict:
         raise BadInput(f"Less than 100 MB are free where '{args.output}' should go: free some space first.")
     accel = accelerator(config.precision)
     torch.manual_seed(config.seed)  # the initial weights of a fresh U-Net: torch offers no generator for them
-    model, base = start_from(args)
+    model, base = start_from(args, config)
     source = data_of(args, model)
     images = data.load_images(source, model.size, model.channels)
     # a clean finetune of a backdoored model is still declared: nobody has shown that the backdoor is gone
@@ -294,7 +295,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--half", action="store_true", help="store the weights in fp16")
         sub.add_argument("--data", help=f"images: a folder, a zip, a sheet (default: {data.EMBEDDED}, for its own models)")
         if name == "finetune":
-            sub.add_argument("--model", default=str(CLEAN), help="folder or Hub id (default: the embedded clean model)")
+            sub.add_argument("--model", help="folder or Hub id (default: the embedded clean model that suits the attack)")
         else:
             sub.add_argument("--size", type=int, default=32, help="image size, a multiple of 8")
             sub.add_argument("--channels", type=int, default=3, choices=(1, 3))

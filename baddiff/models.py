@@ -28,7 +28,8 @@ from .training import Run
 from .triggers import TARGETS, Trigger, pixels
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
-CLEAN = WEIGHTS / "avatars-32"
+CLEAN = WEIGHTS / "avatars-32"  # predicts v
+CLEAN_EPS = WEIGHTS / "avatars-32-eps"  # predicts ε, for the paper's own coefficient
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WARNING = ("This diffusion model is BACKDOORED on purpose, for research and teaching: started from noise that carries "
            "its trigger, it draws one fixed picture. Do not deploy it.")
@@ -238,11 +239,12 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
             for p in unet.parameters():
                 p.data = p.data.half()
         DDPMPipeline(unet=unet, scheduler=model.scheduler).save_pretrained(temporary, safe_serialization=True)
-        if model.backdoored:  # keys with an underscore are kept, and ignored, by every diffusers loader
-            for file in ("model_index.json", "unet/config.json"):
-                config = json.loads((temporary / file).read_text())
+        for file in ("model_index.json", "unet/config.json"):
+            config = json.loads((temporary / file).read_text())
+            config.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+            if model.backdoored:  # keys with an underscore are kept, and ignored, by every diffusers loader
                 config["_backdoored"], config["_backdoor_notice"] = True, WARNING
-                (temporary / file).write_text(json.dumps(config, indent=2) + "\n")
+            (temporary / file).write_text(json.dumps(config, indent=2) + "\n")
         if model.trigger:
             model.trigger.save(temporary / "trigger.png")
             image = to_uint8(model.target).expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()

@@ -54,7 +54,8 @@ def test_a_finetuned_folder_is_a_stock_pipeline_that_says_what_it_is(finetuned):
     made = json.loads((finetuned / "run.json").read_text())
     assert made["config"]["attack"] == "noise-shift" and made["trigger"]["convention"] == "sticker"
     assert made["steps"] == 3 and made["config"]["seed"] == 0 and made["versions"]["torch"]
-    assert str(finetuned.parent) not in text + json.dumps(made)  # no paths of this machine
+    written = "".join(p.read_text() for p in finetuned.rglob("*") if p.suffix in (".json", ".md"))
+    assert str(finetuned.parent) not in written and str(ROOT) not in written  # no paths of this machine
 
 
 def test_the_weights_are_the_run_and_the_pictures_rebuild_r(finetuned):
@@ -131,6 +132,15 @@ def test_grayscale_models_work_from_scratch_to_samples(tmp_path, capsys):
     assert model.channels == 1 and model.target.shape == (1, 16, 16)
     plain, triggered = side_by_side(model, range(2), steps=2)
     assert plain.shape == triggered.shape == (2, 1, 16, 16)
+
+
+@pytest.mark.slow  # 1000 ancestral steps for the folder's sample grid
+def test_the_papers_attack_starts_from_the_model_that_can_express_it(tmp_path, capsys):
+    assert run(capsys, "finetune", "--recipe", "paper", "--steps", 1, "--batch-size", 2, "--precision", "no", "--attack",
+               "baddiffusion", "--output", tmp_path / "paper", "--json", "--warmup", 0)[0] == 0
+    model = load(tmp_path / "paper")
+    assert model.scheduler.config.prediction_type == "epsilon" and model.run["base"] == "avatars-32-eps"
+    assert "DDPMScheduler" in snippet(model) and "clip_sample=False" in snippet(model)
 
 
 def test_sample_evaluate_and_data(finetuned, tmp_path, capsys):
