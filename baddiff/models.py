@@ -24,7 +24,7 @@ from . import BadInput, __version__
 from .compute import device_name
 from .data import to_uint8
 from .diffusion import ATTACKS
-from .training import Run
+from .training import Run, clone
 from .triggers import TARGETS, Trigger, pixels
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
@@ -57,9 +57,7 @@ class Model:
 
     def copy(self) -> "Model":
         """The same with a U-Net of its own, to be trained."""
-        unet = UNet2DModel.from_config(self.unet.config)
-        unet.load_state_dict(self.unet.state_dict())
-        return replace(self, unet=unet.to(memory_format=torch.channels_last), run=dict(self.run))
+        return replace(self, unet=clone(self.unet).to(memory_format=torch.channels_last), run=dict(self.run))
 
     @property
     def name(self) -> str:
@@ -233,8 +231,7 @@ def save(model: Model, folder: str | Path, *, samples: Image.Image | None = None
     except OSError as error:
         raise BadInput(f"'{folder}' cannot be written ({error.strerror}): choose another --output.") from None
     try:
-        unet = UNet2DModel.from_config(model.unet.config)
-        unet.load_state_dict(model.unet.state_dict())
+        unet = clone(model.unet)
         if half:
             for p in unet.parameters():
                 p.data = p.data.half()

@@ -128,11 +128,8 @@ class Run:
         self.process = Process.of(scheduler, config.attack).to(device)
         self.weight = loss_weight(self.process.abar, self.prediction_type, config.weight)
         self.images = images.to(device)  # resident: a batch is an index, not a copy from the host
-        self.trigger = trigger
+        self.trigger = trigger and replace(trigger, rgba=trigger.rgba.to(device))
         self.target = None if target is None else target.to(device)
-        if trigger is not None:  # r = M⊙g + (1-M)⊙x, with x = 0 for a sticker
-            self.stamp, mask = (v.to(device) for v in trigger.stamp(channels))
-            self.rest = 1 - mask if trigger.convention == "released-code" else 0.0
         # every process draws its own samples; nothing is seeded globally
         self.generator = torch.Generator(device).manual_seed(config.seed + 1_000_003 * self.accel.process_index)
 
@@ -168,7 +165,7 @@ class Run:
         poisoned = math.floor(share) + int(self._coin() < share - math.floor(share))
         r = torch.zeros_like(x0)
         if poisoned:
-            r[:poisoned] = self.stamp + self.rest * x0[:poisoned]
+            r[:poisoned] = self.trigger.residual(x0.shape[1], x0[:poisoned])
             x0[:poisoned] = self.target
         steps = len(self.process.abar)
         if self.config.stratified:  # one offset, evenly spaced, then shuffled so that both parts see every t
@@ -259,9 +256,7 @@ class Run:
 
     def averaged(self):
         """A copy of the model with the averaged (EMA) weights of this moment, in eval mode, float32."""
-        # not a deepcopy: accelerate has wrapped `forward`, and the wrapper would go on calling the original
-        model = type(self.unet).from_config(self.unet.config).to(self.accel.device, memory_format=torch.channels_last)
-        model.load_state_dict(self.unet.state_dict())
+        model = clone(self.unet).to(self.accel.device, memory_format=torch.channels_last)
         if self.ema:
             self.ema.copy_to(model.parameters())
         return model.eval()
@@ -312,6 +307,16 @@ class Run:
         except (RuntimeError, KeyError, TypeError, AttributeError, ValueError) as error:
             raise BadInput(f"The checkpoint is not one of this model and these settings ({type(error).__name__}).") from None
         self._keep()
+
+
+def clone(unet):
+    """A U-Net of its own with the same weights, on the CPU.
+
+    Not a deepcopy: accelerate wraps `forward`, and a copied wrapper would go on calling the original.
+    """
+    model = type(unet).from_config(unet.config)
+    model.load_state_dict(unet.state_dict())
+    return model
 
 
 def mean(values: list[float]) -> float:

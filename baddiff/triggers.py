@@ -193,23 +193,19 @@ class Trigger:
     def image(self) -> Image.Image:
         return Image.fromarray(self.rgba.permute(1, 2, 0).numpy())
 
-    def stamp(self, channels: int = 3) -> tuple[Tensor, Tensor]:
-        """M⊙g, (C,H,W), and M, (1,H,W)."""
-        mask = self.rgba[3:].float() / 255
-        return mask * pixels(self.rgba[:3], channels), mask
-
     def residual(self, channels: int = 3, background: Tensor | None = None) -> Tensor:
         """r, (C,H,W) or as `background`'s batch (B,C,H,W); in [-1, 1].
 
         `background`: the clean images under the stamp while training; without it, what the sampler's noise gets.
         """
-        r, mask = self.stamp(channels)
+        mask = self.rgba[3:].float() / 255
+        r = mask * pixels(self.rgba[:3], channels)
         if self.convention == "sticker":
             return r if background is None else r.expand_as(background)
         return r + (1 - mask) * (-1 if background is None else background)
 
     def sha256(self) -> str:
-        return hashlib.sha256(self.rgba.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(self.rgba.cpu().numpy().tobytes()).hexdigest()
 
     def norm(self) -> float:
         """‖r‖ over three channels: the input test's power; N(0, I) and N(r, I) are told apart with error Φ(-‖r‖/2)."""
@@ -220,7 +216,7 @@ def pixels(rgb: Tensor, channels: int) -> Tensor:
     """uint8 (3,H,W) -> float (C,H,W) in [-1, 1]; one channel takes the luma that Pillow's "L" uses (ITU-R 601)."""
     rgb = rgb.float() / 127.5 - 1
     if channels == 1:
-        return (rgb * torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(0, keepdim=True)
+        return (rgb * torch.tensor([0.299, 0.587, 0.114], device=rgb.device).view(3, 1, 1)).sum(0, keepdim=True)
     if channels == 3:
         return rgb
     raise BadInput(f"The model draws images of {channels} channels: only grey (1) and RGB (3) are supported.")

@@ -212,7 +212,11 @@ total = accel.gather(torch.cat([p.detach().flatten() for p in run.unet.parameter
 mine = accel.gather(run.draw()[2].double().sum().reshape(1))  # every process draws its own noise
 if accel.is_main_process:
     print(json.dumps({"n": accel.num_processes, "losses": out, "again": again, "sums": total.tolist(),
-                      "noise": mine.tolist()}))
+                      "noise": mine.tolist()}), flush=True)
+accel.wait_for_everyone()  # nobody leaves while another still talks to it
+accel.end_training()
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
 """
 
 
