@@ -38,6 +38,7 @@ class Turns:
 
 
 TURNS = Turns()  # of this process
+os.register_at_fork(after_in_child=TURNS.__init__)  # whoever held it stayed behind
 
 
 def best_device() -> torch.device:
@@ -76,3 +77,29 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+
+
+# --- ZeroGPU: a Space that lends its GPU call by call, to a forked process ------------------------------------------------
+
+ZERO = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
+
+
+def zero_gpu(seconds: float):
+    """Decorates what needs the GPU of a ZeroGPU Space for so long; elsewhere it changes nothing.
+
+    Arguments, results and what a generator yields travel between processes there: tensors on the CPU, no locks.
+    """
+    if not ZERO:
+        return lambda task: task
+    import spaces
+
+    return spaces.GPU(duration=seconds)
+
+
+@zero_gpu(60)
+def on_gpu(task, *args, **options):
+    """task(*args), with every model among them on the best device: what all heavy looking goes through."""
+    for model in args:
+        if hasattr(model, "unet"):
+            model.to(best_device())
+    return task(*args, **options)

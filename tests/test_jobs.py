@@ -63,7 +63,7 @@ def test_a_job_trains_previews_and_measures(base):
     j = trainer.submit(job(base, steps=6, seconds=60.0))
     wait(lambda: j.over, 60)
     assert j.state == "done" and j.error is None and len(j.records) == 6
-    assert j.previews[0][0] == 0 and j.previews[-1][0] == 6  # the untrained model first, the result last
+    assert j.previews[0].step == 0 and j.previews[-1].step == 6  # the untrained model first, the result last
     assert j.result.run["metrics"]["n"] == 4 and j.result.run["kind"] == "finetune"
     assert torch.equal(before, torch.cat([p.flatten() for p in base.unet.parameters()]))  # the base is nobody's to change
 
@@ -101,12 +101,33 @@ def test_the_queue_is_fair_capped_and_can_be_left(base):
     trainer.submit(job(base, "a", steps=1))  # whoever is done may come again
 
 
+def test_a_driven_trainer_goes_on_stretch_by_stretch(base):
+    """As on ZeroGPU: no worker; whoever looks at the job drives it, and the state waits on the CPU in between."""
+    trainer = Trainer(driven=True, chunk=0.0, measure=4)  # one step a stretch
+    j = trainer.submit(job(base, steps=3))
+    assert j.state == "queued" and trainer.ahead(j) == (0, 0)
+    for done in (1, 2, 3):
+        assert not j.over
+        trainer.advance(j)
+        assert len(j.records) == done
+    assert j.state == "done" and j.result.run["steps"] == 3 and j.saved is None and j.previews[-1].step == 3
+    whole = Trainer(measure=4)
+    w = whole.submit(replace(job(base, steps=3), id="whole"))
+    wait(lambda: w.over, 60)
+    torch.testing.assert_close([r.clean for r in j.records], [r.clean for r in w.records])  # the same run
+    half = trainer.submit(job(base, steps=3))
+    trainer.advance(half)
+    trainer.cancel(half)
+    trainer.advance(half)
+    assert half.state == "stopped" and half.result.run["steps"] == len(half.records) == 2
+
+
 def test_impossible_jobs_are_refused_before_they_wait(base):
     trainer = Trainer(longest=100)
     for bad in ({"seconds": 101.0}, {"seconds": None, "steps": 5}, {"poison_rate": 2.0}, {"batch_size": 0}):
         with pytest.raises(BadInput):
             trainer.submit(job(base, **bad))
-    assert trainer.waiting() == (0, 0)
+    assert trainer.ahead() == (0, 0)
 
 
 def test_a_job_that_breaks_leaves_the_worker_alive(base, monkeypatch):
@@ -135,5 +156,5 @@ def test_results_are_found_by_their_id_only_and_forgotten_in_time(base):
     for owner in "ab":
         last = few.submit(job(base, owner, steps=1))
         wait(lambda last=last: last.over, 60)
-    few.waiting(), few.get(None)
+    few.get(None)
     assert few.get(last.id) is last and len(few._jobs) == 1
