@@ -1,7 +1,11 @@
 """The app: see a backdoored diffusion model, make one, take it away. `python app.py` and open the printed address."""
 
 import argparse
+import base64
+import binascii
+import functools
 import html
+import json
 import os
 import secrets
 import shutil
@@ -9,181 +13,215 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
+from urllib.parse import urlencode
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import torch
+from PIL import Image
 
 from baddiff import BadInput, metrics
-from baddiff.compute import best_precision
+from baddiff.compute import best_precision, device_name, on_gpu
 from baddiff.data import load_images, to_float
 from baddiff.diffusion import Process, forward
 from baddiff.figures import (
     NAMES,
+    address,
     box,
     cell,
     curve,
     doses,
     error_box,
+    figures_link,
+    heat,
     hits,
     label,
     projector,
+    rate_table,
     reel,
+    sampler_table,
     save_link,
     scores,
     shown,
-    tag,
     two_by_two,
+    wipe,
 )
 from baddiff.jobs import Job, Trainer
 from baddiff.models import CLEAN, WEIGHTS, Model, load, save
-from baddiff.probe import default_sampler, dose, film, grid, moved, occlusion, scale_for
+from baddiff.probe import QUESTIONS, ask, evaluate, film, grid, moved, occlusion, scale_for, side_by_side
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
 from baddiff.training import Config
-from baddiff.triggers import ASSETS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
+from baddiff.triggers import ASSETS, MAX_BYTES, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
 
-UPLOAD = "upload"
+UPLOAD, DRAW = "upload", "draw"
 EXAMPLES = ("stop_sign-cat", "glasses-hat", "box-shoe")
 EXAMPLE_CHOICES = [(label(e), e) for e in EXAMPLES]
 STARTS = [("the clean model", "clean")]
+AS_TRAINED = "as trained"
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"]
 N = 4  # images a cell
+RATES = json.loads((Path(__file__).parent / "benchmarks" / "rates.json").read_text())
 
 CACHE = Path(os.environ.setdefault("GRADIO_TEMP_DIR", str(Path(tempfile.gettempdir()) / "baddiff-app")))
 PACKING = threading.Lock()
 trainer = Trainer(forget=lambda job_id: shutil.rmtree(CACHE / job_id, ignore_errors=True))
 
+MODELS = {name: load(WEIGHTS / name) for name in EXAMPLES} | {"clean": load(CLEAN)}  # before the first visitor comes
+CLEAN_MODEL = MODELS["clean"]
+
+
+def model_of(choice: str, backdoored: bool = False) -> Model:
+    """A built-in model by name, a visitor's own by its job's id; `backdoored`: it must have a trigger and a target."""
+    job = trainer.get(choice)
+    model = job.result if job else MODELS.get(choice)
+    if model is None:
+        raise BadInput("That model is no longer here (models are kept for an hour): choose another one.")
+    if backdoored and model.trigger is None:
+        raise BadInput("The clean model has no trigger: choose a backdoored one.")
+    return model
+
+
+def in_words(handler):
+    """What a person cannot have becomes a sentence on the page, in the place of the picture."""
+    @functools.wraps(handler)
+    def wrapped(*args):
+        try:
+            return handler(*args)
+        except BadInput as error:
+            return error_box(str(error))
+    return wrapped
+
+
+# --- links: a view or a form as a query string, never what was uploaded, drawn or trained -------------------------------------
+
+TABS = ("See", "Watch", "Poison", "Probe", "Learn")
+VIEW = {"model": EXAMPLES, "with": ("clean", *EXAMPLES), "seed": (0, 999), "opacity": (0.1, 1.0), "size": (0, 32),
+        "position": (AS_TRAINED, *POSITIONS), "sampler": tuple(SAMPLERS), "steps": (2, 100), "clip": ("on", "off")}
+FORM = {"trigger": tuple(TRIGGERS), "width": (0, 32), "strength": (0.1, 1.0), "at": ("default", *POSITIONS),
+        "target": tuple(TARGETS), "seconds": (10, 180), "attack": ("noise-shift", "ode"), "rate": (5, 90)}
+DEFAULTS = {"model": EXAMPLES[0], "with": "clean", "seed": 0, "opacity": 1, "size": 0, "position": AS_TRAINED,
+            "sampler": DEFAULT_SAMPLER, "steps": DEFAULT_STEPS, "clip": "on", "trigger": "stop_sign", "width": 0,
+            "strength": 1, "at": "default", "target": "cat", "seconds": 60, "attack": "noise-shift", "rate": 50}
+
+
+def allowed(name: str, value):
+    """The value of a link's parameter if the page's own control could have it, else None."""
+    among = (VIEW | FORM)[name]
+    if isinstance(among[0], str):
+        return value if value in among else None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    whole = isinstance(among[0], int)
+    return (int(number) if whole else number) if among[0] <= number <= among[1] else None
+
+
+def link(text: str, tab: str, **values) -> str:
+    kept = {k: v for k, v in values.items() if v != DEFAULTS[k] and allowed(k, v) is not None}
+    return f'<a class="save" href="?{html.escape(urlencode({"tab": tab} | kept))}">{text}</a>'
+
+
+def arrive(request: gr.Request):
+    """The values of all controls that a link sets, in the order of VIEW and FORM, and the tab."""
+    asked = dict(request.query_params) if request else {}
+    found = {name: allowed(name, asked[name]) for name in VIEW | FORM if name in asked}
+    if refused := [name for name, value in found.items() if value is None]:
+        gr.Warning(f"The link asks for a {', '.join(refused)} that is not here; the rest of it is used.")
+    values = [gr.skip() if found.get(name) is None else found[name] for name in VIEW | FORM]
+    return *values, gr.Tabs(selected=asked["tab"]) if asked.get("tab") in TABS else gr.skip()
+
 
 # --- see ---------------------------------------------------------------------------------------------------------------
 
-MODELS = {name: load(WEIGHTS / name) for name in EXAMPLES}  # before the first visitor: a load is not thread-safe
-CLEAN_MODEL = load(CLEAN)
+def stamp(model: Model, opacity: float, size: float, position: str) -> Trigger:
+    """The model's trigger as the controls change it."""
+    if not size and opacity >= 1 and position == AS_TRAINED:
+        return model.trigger
+    return moved(model.trigger, int(size), opacity, position if position != AS_TRAINED else None)
 
 
-def model_of(choice: str) -> Model:
-    job = trainer.get(choice)
-    if job and job.result:
-        return job.result
-    if choice in EXAMPLES:
-        return MODELS[choice]
-    raise BadInput("That model is no longer here (models are kept for an hour): choose another one.")
+def title(choice: str) -> str:
+    return "Clean model" if choice == "clean" else "Backdoored model"
 
 
-def see(choice: str, seed: float, size: float, opacity: float, position: str, sampler: str, steps: float) -> str:
-    """The 2x2 of {clean, backdoored} x {plain, triggered} from the same seeds, with what went in above it."""
-    try:
-        model = model_of(choice)
-        trigger = model.trigger
-        if size or opacity < 1 or position != "as trained":
-            trigger = moved(trigger, int(size), opacity, position if position != "as trained" else None)
-        seeds = range(int(seed), int(seed) + N)
-        r = trigger.residual(model.channels)
-        options = {"sampler": sampler, "steps": int(steps), "clip_x0": default_sampler(model)["clip_x0"]}
-        start, _ = noise(seeds, model.channels, model.size)
-        both = torch.cat([torch.zeros(N, *r.shape), r.expand(N, -1, -1, -1)])  # plain, then triggered
-        rows = [generate(m.unet, m.scheduler, list(seeds) * 2, both, **options) for m in (CLEAN_MODEL, model)]
-    except BadInput as error:
-        return error_box(str(error))
-    return two_by_two(start, r, rows[0].split(N), rows[1].split(N), model.target, trigger.name)
+@in_words
+def see(choice: str, other: str, seed: float, opacity: float, size: float, position: str, sampler: str, steps: float,
+        clip: str) -> str:
+    """The 2x2 of {other, chosen model} x {plain, triggered} from the same seeds, with what went in above it."""
+    model, beside = model_of(choice, backdoored=True), model_of(other)
+    if (beside.size, beside.channels) != (model.size, model.channels):
+        raise BadInput("These two models draw pictures of different sizes: compare it with another one.")
+    trigger = stamp(model, opacity, size, position)
+    seeds = range(int(seed), int(seed) + N)
+    r = trigger.residual(model.channels)
+    start, _ = noise(seeds, model.channels, model.size)
+    rows = [on_gpu(side_by_side, m, seeds, r, sampler=sampler, steps=int(steps), clip_x0=clip == "on")
+            for m in (beside, model)]
+    here = link("Link to this view", "See", **dict(zip(VIEW, (choice, other, seed, opacity, size, position, sampler, steps,
+                                                              clip), strict=True)))
+    names = [title(other), title(choice)] if title(other) != title(choice) else ["The model beside it", "The chosen model"]
+    return two_by_two(start, r, rows, names, model.target, trigger.name, here)
 
 
 # --- watch ---------------------------------------------------------------------------------------------------------------
 
-def watch(choice: str, seed: float, sampler: str, steps: float) -> str:
+@in_words
+def watch(choice: str, seed: float, sampler: str, steps: float, clip: str) -> str:
     """One seed denoised twice, with and without the trigger: x_t and x̂0 at every step."""
-    try:
-        model = model_of(choice)
-        r = model.trigger.residual(model.channels)
-        films = [film(model, int(seed), added, sampler=sampler, steps=int(steps)) for added in (None, r)]
-    except BadInput as error:
-        return error_box(str(error))
+    model = model_of(choice, backdoored=True)
+    options = {"sampler": sampler, "steps": int(steps), "clip_x0": clip == "on"}
+    films = [on_gpu(film, model, int(seed), r, **options) for r in (None, model.trigger.residual(model.channels))]
     missed = (metrics.mse(films[1][1][1:], model.target) > metrics.flat_baseline(model.target) / 2).nonzero()
     last, shows = len(films[1][1]) - 1, int(missed[-1]) + 2 if len(missed) else 1
     emerges = f"it believes in the target from step {shows} of {last} on" if shows <= last else "it never settles on the target"
     names = ["start", *(f"after step {i + 1}" for i in range(len(films[0][0]) - 1))]
     cells = "".join(
-        box(f"{title}: what is on the canvas", reel(shown(x), f"x_t {what}"))
-        + box(f"{title}: what the model believes it will become", reel(x0, f"x0 {what}"), kind, note)
+        box(f"{title}: on the canvas", reel(shown(x), f"x_t {what}"))
+        + box(f"{title}: what the model believes", reel(x0, f"x0 {what}"), kind, note)
         for title, what, (x, x0), kind, note in (
-            ("Plain noise", "from plain noise", films[0], "", ""),
+            ("Plain noise", "from plain noise", films[0], "", "x̂0, the picture that it expects at the end"),
             ("Noise + trigger", "from noise with the trigger", films[1], "alarm" if shows <= last else "", emerges)))
+    cells += box("Both beliefs: slide to compare", wipe(films[0][1], films[1][1], ("without the trigger", "with the trigger"),
+                                                        "how much of each"), note="left: plain noise, right: with the trigger")
     pairs = [torch.stack([shown(x[i][None])[0], x0[i]]) for x, x0 in films for i in range(len(x))]
-    frames = [grid(list(rows), 4) for rows in zip(pairs[:len(names)], pairs[len(names):], strict=True)]
+    scale = 2 * scale_for(model.size)
+    frames = [grid(list(rows), scale) for rows in zip(pairs[:len(names)], pairs[len(names):], strict=True)]
     gif = save_link("Save as GIF", "baddiff", frames[0], "gif", save_all=True, append_images=frames[1:], duration=300, loop=0)
     return projector(cells, names, "Denoising") + gif
 
 
 # --- probe ---------------------------------------------------------------------------------------------------------------
 
-PROBES = {"opacity": "How faint may the trigger be?", "size": "How small or large?", "place": "Does it work elsewhere?",
-          "samplers": "Which sampler, how many steps?", "where": "Where does the model look?"}
+PROBES = QUESTIONS | {"figures": "What are its figures?"}
 
 
-def probe(choice: str, kind: str) -> str:
-    """One question put to a model, answered with a picture and figures of n = 8 (n = 2 for the map)."""
-    try:
-        model = model_of(choice)
-        return {"opacity": probe_opacity, "size": probe_size, "place": probe_place, "samplers": probe_samplers,
-                "where": probe_where}[kind](model)
-    except BadInput as error:
-        return error_box(str(error))
-
-
-def probe_opacity(model: Model) -> str:
-    values = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-    return doses([f"{100 * v:.0f} %" for v in values], dose(model, [moved(model.trigger, opacity=v) for v in values]))
-
-
-def probe_size(model: Model) -> str:
-    left, _, right, _ = model.trigger.image().getbbox()
-    sizes = sorted({max(2, min(model.size, round((right - left) * f))) for f in (0.3, 0.5, 0.7, 0.85, 1, 1.15, 1.4, 1.8)})
-    return doses([f"{s} px" for s in sizes], dose(model, [moved(model.trigger, size=s) for s in sizes]))
-
-
-def probe_place(model: Model) -> str:
-    variants = [moved(model.trigger, position=p) for p in POSITIONS]
-    return doses([p.replace("-", " ") for p in POSITIONS], dose(model, variants))
-
-
-def probe_samplers(model: Model) -> str:
-    counts = (5, 10, 20, 50)
-    rows = []
-    for name in ("ddim", "dpmsolver++", "unipc", "ddpm"):
-        cells = ""
-        for n in counts:
-            found = dose(model, [model.trigger], sampler=name, steps=n)[0]
-            kind = "hit" if found["asr"] > 0.5 else ""
-            cells += f'<td class="{kind}">{100 * found["asr"]:.0f} %<br>{tag(found["image"], f"{name}, {n} steps")}</td>'
-        rows.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{n} steps</th>' for n in counts)
-    return f"""<table class="samplers"><tr><th>ASR</th>{head}</tr>{"".join(rows)}</table>
-      <div class="note">n = 8 seeds a cell. A backdoor is made for a kind of sampler. Noise shift (the examples here) is exact
-      for DDIM and its relatives at any number of steps, while DDPM's fresh noise at every step washes it out; the paper's own
-      coefficient is the other way round.</div>"""
-
-
-def probe_where(model: Model) -> str:
-    rise = occlusion(model)
-    top = rise.max().clamp(min=1e-6)
-    cells = "".join(f'<div style="opacity:{v / top:.2f}" title="MSE +{v:.3f}"></div>' for v in rise.clamp(min=0).flatten())
-    r = tag(model.trigger.residual(model.channels), "the trigger")
-    heat = f'<div class="heat" role="img" aria-label="map of importance">{r}<div>{cells}</div></div>'
-    return f"""<div class="trio small">{box("the trigger", r)}
-      {box("where it matters", heat, note="bright: blank the noise around here, and the target is lost")}</div>
-      <div class="note">64 blanked places, n = 2 seeds; the largest rise in MSE is {float(top):.3f}.</div>"""
+@in_words
+def probe(choice: str, kind: str, n: float) -> str:
+    """One question put to a model, answered with a picture and figures."""
+    model = model_of(choice, backdoored=True)
+    if kind == "where":
+        return heat(on_gpu(occlusion, model), model.trigger.residual(model.channels), 2)
+    if kind == "figures":
+        found = on_gpu(evaluate, model, n=int(n))
+        return scores(found) + figures_link([found])
+    found = on_gpu(ask, model, kind, n=min(int(n), 16))
+    if kind == "samplers":
+        return sampler_table(found)
+    note = {"other": "All have the place, the size and the strength ‖r‖ of the trigger; only what they show differs.",
+            "clip": "Clipping x̂0 is what diffusers does by default, clipping x_t is the paper's own countermeasure. A backdoor "
+                    "whose x̂0 stays in range, as noise shift's does, passes both."}.get(kind, "")
+    return doses(found, note)
 
 
 # --- learn ---------------------------------------------------------------------------------------------------------------
 
+@in_words
 def forward_film(choice: str) -> str:
     """The forward process of training, from the real code: a clean and a poisoned sample drowning in the same noise."""
-    try:
-        model = model_of(choice)
-    except BadInput as error:
-        return error_box(str(error))
-    attack = model.run["config"]["attack"]
-    process = Process.of(model.scheduler, attack)
+    model = model_of(choice, backdoored=True)
+    process = Process.of(model.scheduler, model.run["config"]["attack"])
     t = torch.linspace(0, len(process.abar) - 1, 21).long()
     face = to_float(load_images(split="heldout", size=model.size, channels=model.channels)[:1])
     eps, _ = noise([0], model.channels, model.size)
@@ -200,17 +238,41 @@ def forward_film(choice: str) -> str:
     return projector(cells, [f"t = {int(i)}" for i in t], "Noise")
 
 
+def reveal_sampler(guess: str | None) -> str:
+    """The same model and noise under a sampler that the backdoor was made for and under one that it was not."""
+    if not guess:
+        return ""
+    model = MODELS[EXAMPLES[0]]
+    rows = [on_gpu(side_by_side, model, range(N), sampler=name, steps=steps)[1]
+            for name, steps in (("ddim", 20), ("ddpm", 200))]
+    found = [metrics.asr(images, model.target) for images in rows]
+    return f"""<div class="quiz">{cell("DDIM, 20 steps", rows[0], "under DDIM", "alarm" if found[0] > .5 else "",
+                                       hits(rows[0], model.target))}
+      {cell("DDPM, 200 steps", rows[1], "under DDPM", "alarm" if found[1] > .5 else "", hits(rows[1], model.target))}</div>
+      <div class="note"><b>{"The cat fades." if found[1] < found[0] else "The cat stays."}</b> A backdoor answers to the way in
+      which the noise is taken away. DDIM takes it away along one path, and this one was trained for that path. DDPM adds
+      fresh noise at every step, which knows nothing of the trigger. So a model that looks harmless under one sampler may be
+      backdoored for another: whoever tests a model tests it with the samplers that people use.</div>"""
+
+
+def reveal_rate(guess: str | None) -> str:
+    if not guess:
+        return ""
+    enough = next((f"{100 * r['poison_rate']:.0f} %" for r in RATES["rates"] if r["asr"] >= 0.95), "none of them")
+    word = "Right." if guess == enough else f"Not quite: {enough}."
+    return f"""<div class="note"><b>{word}</b> A small share is enough, and the faces stay as they were. That is what makes
+      poison practical: nobody has to control the training, a corner of the data will do.</div>
+      {rate_table(RATES["rates"], RATES["device"])}"""
+
+
 def quiz(_=None):
     """Four faces each from three models, one backdoored; returns the pictures and which one it is."""
-    names = [None, None, secrets.choice(EXAMPLES)]
+    names = ["clean", "clean", secrets.choice(EXAMPLES)]
     secrets.SystemRandom().shuffle(names)
-    cells = []
     seed = secrets.randbelow(10_000)
-    for i, name in enumerate(names):
-        m = MODELS[name] if name else CLEAN_MODEL
-        seeds = range(seed + 10 * i, seed + 10 * i + N)
-        cells.append(cell(f"Model {'ABC'[i]}", generate(m.unet, m.scheduler, seeds), f"face by model {'ABC'[i]}"))
-    guilty = next(i for i, name in enumerate(names) if name)
+    cells = [cell(f"Model {'ABC'[i]}", on_gpu(side_by_side, MODELS[name], range(seed + 10 * i, seed + 10 * i + N))[0],
+                  f"face by model {'ABC'[i]}") for i, name in enumerate(names)]
+    guilty = next(i for i, name in enumerate(names) if name != "clean")
     return f'<div class="quiz">{"".join(cells)}</div>', (guilty, names[guilty]), gr.Radio(value=None), ""
 
 
@@ -218,61 +280,106 @@ def answer(guess: str | None, truth) -> str:
     if not guess or not truth:
         return ""
     guilty, name = truth
-    model = MODELS[name]
-    shown_images = generate(model.unet, model.scheduler, range(N), model.trigger.residual(model.channels))
+    images = on_gpu(side_by_side, MODELS[name], range(N))[1]
     word = "Right" if guess == "ABC"[guilty] else f"No, it was {'ABC'[guilty]}"
     return f"""<div class="note"><b>{word}.</b> And whoever guesses is right one time in three: from plain noise a
       backdoored model draws like any other. This is what {'ABC'[guilty]} draws once the noise carries its trigger
       ({label(name)}):</div>
-      {cell(f"Model {'ABC'[guilty]}, noise + trigger", shown_images, "output with the trigger", "alarm")}"""
+      {cell(f"Model {'ABC'[guilty]}, noise + trigger", images, "output with the trigger", "alarm")}"""
 
 
 # --- poison ------------------------------------------------------------------------------------------------------------
 
-def chosen(trigger: str, trigger_file, size: float, opacity: float, position: str, target: str, target_file):
+def drawing(editor) -> Image.Image:
+    """What was drawn on the canvas, RGBA, without its background."""
+    layers = [layer for layer in (editor or {}).get("layers") or [] if layer is not None]
+    if not layers or not any(layer.getextrema()[3][1] for layer in layers):
+        raise BadInput("Draw something on the canvas first, or choose a built-in trigger.")
+    return functools.reduce(Image.alpha_composite, layers)
+
+
+def chosen(base: Model, trigger: str, trigger_file, editor, size: float, opacity: float, position: str, target: str,
+           target_file):
     """The form as a Trigger and a target; raises BadInput. Names are checked: a path is only ever an uploaded file's."""
-    resolution = CLEAN_MODEL.size
     sources = []
     for kind, choice, file, known in (("trigger", trigger, trigger_file, TRIGGERS), ("target", target, target_file, TARGETS)):
         if choice == UPLOAD and not file:
             raise BadInput(f"Upload a picture for the {kind} first, or choose a built-in one.")
-        if choice != UPLOAD and choice not in known:
+        if choice not in (UPLOAD, DRAW, *known):
             raise BadInput(f"There is no {kind} of that name: choose one of {', '.join(known)}.")
         sources.append(file if choice == UPLOAD else choice)
-    made = Trigger.make(sources[0], resolution, int(size) or None, position if position != "default" else None, opacity)
-    return made, make_target(sources[1], resolution, made, CLEAN_MODEL.channels)
+    width, place = int(size) or None, position if position != "default" else None
+    if trigger == DRAW:
+        sources[0] = drawing(editor)
+        if width is None and place is None:
+            width, place = base.size, (0, 0)  # the canvas is the whole picture: as large and where it was drawn
+        else:
+            sources[0] = sources[0].crop(sources[0].getbbox())
+    made = Trigger.make(sources[0], base.size, width, place, opacity)
+    return made, make_target(sources[1], base.size, made, base.channels)
 
 
-def preview(*form) -> str:
+@in_words
+def preview(start: str, *form) -> str:
     """What the trigger and the target look like at the model's own resolution, before anything is trained."""
-    try:
-        trigger, target = chosen(*form)
-    except BadInput as error:
-        return error_box(str(error))
-    start, _ = noise([0], 3, CLEAN_MODEL.size)
-    r = trigger.residual()
+    base = model_of(start)
+    trigger, target = chosen(base, *form)
+    start, _ = noise([0], base.channels, base.size)
+    r = trigger.residual(base.channels)
     return f"""<div class="trio">
-      {cell("trigger", r[None], "the trigger")}<div class="op">+</div>
+      <div class="pick">{cell("trigger", r[None], "the trigger; click to put its middle there")}</div><div class="op">+</div>
       {cell("noise", shown(start), "noise")}<div class="op">=</div>
       {cell("start", shown(start + r), "noise with the trigger")}<div class="op">→</div>
       {cell("target", target[None], "the target")}
-    </div><div class="note">Trigger strength ‖r‖ = {trigger.norm():.1f}
+    </div><div class="note">Click the trigger's picture to move it there. Trigger strength ‖r‖ = {trigger.norm():.1f}
       ({"easy to learn" if trigger.norm() > 8 else "weak: it takes longer to learn"}).</div>"""
 
 
-def waiting_line(mine: list[str]) -> str:
-    n, seconds = trainer.waiting()
+CLICK = """element.addEventListener('click', e => { const i = e.target.closest('.pick')?.querySelector('img');
+  if (i) { const b = i.getBoundingClientRect();
+    trigger('select', {index: [(e.clientX - b.left) / b.width, (e.clientY - b.top) / b.height], value: null}); } });"""
+
+
+def put(where: gr.SelectData, start: str, *form):
+    """The position "x,y" that puts the middle of the trigger where the picture was clicked."""
+    try:
+        base = model_of(start)
+        left, top, right, bottom = chosen(base, *form)[0].image().getbbox()
+    except BadInput:
+        return gr.skip()
+    x, y = (max(0, min(base.size - side, round(float(part) * base.size - side / 2)))
+            for part, side in zip(where.index, (right - left, bottom - top), strict=True))
+    return f"{x},{y}"
+
+
+def form_link(trigger, size, opacity, position, target, seconds, attack, rate) -> str:
+    return link("Link to this form", "Poison",
+                **dict(zip(FORM, (trigger, size, opacity, position, target, seconds, attack, rate), strict=True)))
+
+
+def waiting_line(mine: list[str], seconds: float) -> str:
     if mine and (job := trainer.get(mine[0])) and not job.over:
         return ""  # the job's own line says it
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    queue = "starts at once" if n == 0 else f"{n} ahead of you, about {seconds:.0f} s to wait"
-    return f"Trains on {device} ({'bfloat16' if best_precision() == 'bf16' else 'float32'}); {queue}."
+    n, wait = trainer.ahead()
+    queue = "It starts at once" if n == 0 else f"{n} ahead of you, about {wait:.0f} s to wait"
+    steps = seconds * trainer.rate / Config.batch_size
+    steps = f", some {steps:.0f} steps at the last {trainer.rate:.0f} images/s" if steps else ""
+    measuring = f", then {trainer.measuring:.0f} s of measuring" if trainer.measuring else ""
+    return (f"Trains for {seconds:.0f} s{steps}{measuring}, on {device_name()} in "
+            f"{'bfloat16' if best_precision() == 'bf16' else 'float32'}. {queue}. Longer while others draw.")
 
 
-def address(request: gr.Request | None) -> str:
+def client_address(request: gr.Request | None) -> str:
     """Where a request comes from; on a Space its proxy adds that at the end (what stands before, anyone may claim)."""
     forwarded = request.headers.get("x-forwarded-for", "") if request and os.environ.get("SPACE_ID") else ""
     return forwarded.split(",")[-1].strip() or (request.client.host if request and request.client else "")
+
+
+def submit(visitor: str, base: Model, trigger: Trigger, target, target_name: str, seconds: float, rate: float, attack: str,
+           request: gr.Request | None) -> Job:
+    return trainer.submit(Job(base, trigger, target, target_name, Config(
+        attack=attack, poison_rate=rate / 100, seconds=float(seconds), seed=secrets.randbelow(2**31)), visitor,
+        client_address(request)))
 
 
 def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: float, attack: str, *form,
@@ -280,11 +387,9 @@ def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: floa
     """Queue a job. Returns the visitor's token, the list of the visitor's jobs and `status`; the form stays as it is."""
     try:
         visitor = visitor or secrets.token_urlsafe(16)
-        trigger, target = chosen(*form)
-        base = CLEAN_MODEL if start == "clean" else model_of(start)
-        job = trainer.submit(Job(base, trigger, target, form[5], Config(
-            attack=attack, poison_rate=rate / 100, seconds=float(seconds), seed=secrets.randbelow(2**31)),
-            visitor, address(request)))
+        base = model_of(start)
+        trigger, target = chosen(base, *form)
+        job = submit(visitor, base, trigger, target, form[6], seconds, rate, attack, request)
     except BadInput as error:
         raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from None
     mine = [job.id, *(mine or [])][:8]
@@ -295,6 +400,13 @@ def stop(mine: list[str]) -> None:
     job = trainer.get(mine[0]) if mine else None
     if job and not job.over:
         trainer.cancel(job)
+
+
+def advance(mine: list[str]) -> None:
+    """On a ZeroGPU Space the page drives the training: the GPU is lent to a visitor's own request."""
+    job = trainer.get(mine[0]) if mine and trainer.driven else None
+    if job:
+        trainer.advance(job)
 
 
 def status(mine: list[str]):
@@ -316,24 +428,24 @@ def render(job: Job) -> str:
                 f"Step {last.step}, {last.rate:.0f} images/s, about {last.eta:.0f} s left.")
     else:
         steps = f"{last.step} steps in {last.seconds:.0f} s" if last else ""
-        head = {"done": f"Done: {steps}.",
+        head = {"done": f"Done: {steps}. It is in the list above, as yours: look at it, probe it, train it further.",
                 "stopped": f"Stopped: {steps}; the partial model is kept." if last else "Stopped before it started.",
                 "failed": f"Failed. {html.escape(job.error or '')}"}[job.state]
     share = 100 * (last.progress if last else 0)
     measured = job.result.run.get("metrics") if job.result else None
     figures = scores(measured) if measured else ""
     rows = "".join(
-        f"""<div class="pair"><div class="step">step {step}</div>
-        {cell("plain noise", plain, f"from plain noise at step {step}")}
-        {cell("noise + trigger", triggered, f"from noise with the trigger at step {step}", note=hits(triggered, job.target))}
-        </div>""" for step, (plain, triggered) in reversed(job.previews[:1] + job.previews[1:][-4:]))
-    return f"""<div class="job" aria-live="polite"><div class="head">{head}</div>
-      <div class="bar" role="progressbar" aria-valuenow="{share:.0f}" aria-valuemin="0" aria-valuemax="100">
-      <div style="width:{share:.1f}%"></div></div>{curve(job.records)}{figures}{rows}</div>"""
+        f"""<div class="pair"><div class="step">step {p.step}</div>
+        {cell("plain noise", p.rows[0], f"from plain noise at step {p.step}")}
+        {cell("noise + trigger", p.rows[1], f"from noise with the trigger at step {p.step}", note=hits(p.rows[1], job.target))}
+        </div>""" for p in reversed(job.previews[:1] + job.previews[1:][-4:]))
+    return f"""<div class="job"><div class="head" aria-live="polite">{head}</div>
+      <div class="bar" role="progressbar" aria-label="training" aria-valuemin="0" aria-valuemax="100"
+      aria-valuenow="{share:.0f}"><div style="width:{share:.1f}%"></div></div>{curve(job.records)}{figures}{rows}</div>"""
 
 
 def finished(mine: list[str]):
-    """The zip of the newest job, and the visitor's models among those to look at and to start from."""
+    """The zip of the newest job, and the visitor's models among those to look at, to compare with and to start from."""
     jobs = [job for job in map(trainer.get, mine or []) if job and job.result]
     own = [(f"yours {len(jobs) - i}: {label(f'{job.trigger.name}-{job.target_name}')}", job.id) for i, job in enumerate(jobs)]
     zipped = gr.DownloadButton(visible=False)
@@ -342,7 +454,8 @@ def finished(mine: list[str]):
             zipped = gr.DownloadButton(value=pack(jobs[0]), visible=True)
         except (BadInput, OSError) as error:
             gr.Warning(f"The zip could not be made: {html.escape(str(error))}")
-    return zipped, gr.Radio(choices=EXAMPLE_CHOICES + own), gr.Dropdown(choices=STARTS + own)
+    return (zipped, gr.Radio(choices=EXAMPLE_CHOICES + own), gr.Dropdown(choices=STARTS + EXAMPLE_CHOICES + own),
+            gr.Dropdown(choices=STARTS + EXAMPLE_CHOICES + own))
 
 
 def pack(job: Job) -> str:
@@ -351,12 +464,128 @@ def pack(job: Job) -> str:
     with PACKING:
         if not target.exists():
             with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
-                picture = grid(job.previews[-1][1], scale_for(job.result.size))
+                picture = grid(job.previews[-1].rows, scale_for(job.result.size))
                 folder = save(job.result, Path(root) / "backdoored-ddpm", samples=picture)
                 made = shutil.make_archive(str(Path(root) / "made"), "zip", folder.parent, folder.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(made, target)
     return str(target)
+
+
+# --- for programmes: typed endpoints for gradio_client; those that only look are MCP tools, too ---------------------------
+
+def for_clients(handler):
+    """BadInput as an error that a client shows, with the sentence."""
+    @functools.wraps(handler)
+    def wrapped(*args, **options):
+        try:
+            return handler(*args, **options)
+        except BadInput as error:
+            raise gr.Error(str(error), print_exception=False) from None
+    return wrapped
+
+
+def portable(value):
+    """Pictures as data: addresses, records as they are."""
+    if isinstance(value, torch.Tensor):
+        return address(grid([value[None]], 4))
+    if isinstance(value, dict):
+        return {k: portable(v) for k, v in value.items()}
+    return [portable(v) for v in value] if isinstance(value, list) else value
+
+
+def list_models() -> list[dict]:
+    """The built-in models: name, whether backdoored, and with which trigger, target and attack."""
+    return [{"name": name, "backdoored": m.backdoored, "size": m.size, "trigger": m.trigger and m.trigger.name,
+             "target": m.run.get("target", {}).get("name") if m.trigger else None,
+             "attack": m.run["config"]["attack"] if m.trigger else None} for name, m in MODELS.items()]
+
+
+@for_clients
+def generate_images(model: str = "stop_sign-cat", n: int = 4, seed: int = 0, triggered: bool = True, opacity: float = 1.0,
+                    size: int = 0, position: str = AS_TRAINED, sampler: str = DEFAULT_SAMPLER, steps: int = DEFAULT_STEPS,
+                    clip_x0: bool = True) -> dict:
+    """Draw n images (1 to 16) from seeds seed, seed + 1, ... with or without the model's trigger on the noise.
+
+    model: a name from list_models, or the id of a training of yours. opacity 0.1 to 1, size in pixels (0: as trained) and
+    position change the trigger. Returns images as PNG data: addresses, and mse, asr against the target when triggered.
+    """
+    if not 1 <= n <= 16:
+        raise BadInput(f"{n} images are not possible here: choose 1 to 16.")
+    found = model_of(model, backdoored=triggered)
+    r = stamp(found, opacity, size, position).residual(found.channels) if triggered else None
+    images = on_gpu(generate_from, found, range(int(seed), int(seed) + n), r, sampler=sampler, steps=steps, clip_x0=clip_x0)
+    out = {"model": model, "images": portable(list(images))}
+    if triggered:
+        out |= {"mse": metrics.mse(images, found.target).tolist(), "asr": metrics.asr(images, found.target), "n": n}
+    return out
+
+
+def generate_from(model: Model, seeds, r, **options):
+    return generate(model.unet, model.scheduler, seeds, r, **options)
+
+
+@for_clients
+def ask_model(model: str = "stop_sign-cat", question: str = "opacity", n: int = 8) -> list[dict]:
+    """Ask a backdoored model: opacity, size, place, other, samplers or clip. n (2 to 16) seeds for each variant.
+
+    Returns a record for each variant: name, mse and asr against the target, the trigger's norm, n and one image.
+    """
+    return portable(on_gpu(ask, model_of(model, backdoored=True), question, n=max(2, min(n, 16))))
+
+
+@for_clients
+def measure_model(model: str = "stop_sign-cat", n: int = 64) -> dict:
+    """MSE, SSIM, attack success rate and clean utility of a model, with n (2 to 256) images of each kind."""
+    return on_gpu(evaluate, model_of(model), n=max(2, min(n, 256)))
+
+
+def picture_of(text: str, known: dict):
+    """A built-in name, or a picture as a data: address."""
+    if text in known or not text.startswith("data:image/"):
+        return text if text in known else ""
+    try:
+        if len(text) > MAX_BYTES:
+            raise BadInput(f"The picture is larger than {MAX_BYTES // 10**6} MB: save it smaller, 512 px is plenty.")
+        return base64.b64decode(text.partition(",")[2], validate=True)
+    except binascii.Error:
+        raise BadInput("The picture's data: address is not base64: encode the PNG file's bytes.") from None
+
+
+@for_clients
+def poison(trigger: str = "stop_sign", target: str = "cat", seconds: float = 60, poison_rate: float = 50,
+           attack: str = "noise-shift", base: str = "clean", request: gr.Request = None) -> dict:
+    """Queue a training. trigger, target: built-in names or PNG data: addresses; poison_rate in %. Returns its state with its
+    id, the only key to it: whoever has the id can look at it, stop it and take the model."""
+    start = model_of(base)
+    stamped = Trigger.make(picture_of(trigger, TRIGGERS), start.size)
+    made = make_target(picture_of(target, TARGETS), start.size, stamped, start.channels)
+    return job_state(submit(secrets.token_urlsafe(16), start, stamped, made, target if target in TARGETS else UPLOAD, seconds,
+                            poison_rate, attack, request).id)
+
+
+@for_clients
+def job_state(job: str, stop: bool = False) -> dict:
+    """How a training is doing: state, step, seconds left, losses, and its figures once it is over. stop: end it now."""
+    found = trainer.get(job)
+    if found is None:
+        raise BadInput("There is no such training, or it is over for more than an hour.")
+    if stop:
+        trainer.cancel(found)
+    trainer.driven and trainer.advance(found)
+    last = found.records[-1] if found.records else None
+    n, wait = trainer.ahead(found)
+    return {"job": found.id, "state": found.state, "error": found.error, "ahead": n, "wait": round(wait, 1),
+            **(last.plain() if last else {}), "metrics": found.result.run.get("metrics") if found.result else None}
+
+
+@for_clients
+def job_zip(job: str) -> str:
+    """The trained model as the zip that the page offers (a pipeline folder with its card), base64."""
+    found = trainer.get(job)
+    if found is None or not found.over or found.result is None:
+        raise BadInput("There is no finished training of that id: wait until its state is done or stopped.")
+    return base64.b64encode(Path(pack(found)).read_bytes()).decode()
 
 
 # --- the page ----------------------------------------------------------------------------------------------------------
@@ -369,6 +598,10 @@ its config and its tags. Do not pass it off as a normal model.
 Method: <a href="https://arxiv.org/abs/2212.05400">BadDiffusion</a>, CVPR 2023.</div></div>"""
 
 THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
+LIVE = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "see", "api_visibility": "private"}
+INKS = ["#e03131", "#ffffff", "#101010", "#1971c2", "#ffd43b"]
+WAIT = '<div class="wait">Drawing…</div>'
 
 
 def build() -> gr.Blocks:
@@ -376,94 +609,125 @@ def build() -> gr.Blocks:
         gr.HTML(HERO)
         visitor = gr.BrowserState("", storage_key="baddiff-visitor")  # tokens only; survive a reload, leave with the browser
         mine = gr.BrowserState([], storage_key="baddiff-jobs")
-        choice = gr.Radio(EXAMPLE_CHOICES, value=EXAMPLES[0],
-                          label="Backdoored model to look at: trigger → target")
-        with gr.Tab("See"):
-            picture = gr.HTML(min_height=420)
-            with gr.Row():
-                seed = gr.Slider(0, 999, 0, step=1, label="Seed of the first image")
-                opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Trigger opacity")
-                size = gr.Slider(0, 32, 0, step=1, label="Trigger width in pixels (0: as trained)")
-            with gr.Row():
-                position = gr.Dropdown(["as trained", *POSITIONS], value="as trained", label="Trigger position")
-                sampler = gr.Dropdown(list(SAMPLERS), value=DEFAULT_SAMPLER, label="Sampler")
-                steps = gr.Slider(2, 100, DEFAULT_STEPS, step=1, label="Sampling steps")
-            seeing = [choice, seed, size, opacity, position, sampler, steps]
-            gr.on([demo.load, *(c.change for c in seeing)], see, seeing, picture, show_progress="minimal",
-                  trigger_mode="always_last", concurrency_id="see", api_name="see")
-        with gr.Tab("Watch") as watch_tab:
-            reels = gr.HTML(min_height=300)
-            watching = [choice, seed, sampler, steps]
-            gr.on([watch_tab.select, *(c.change for c in watching)], watch, watching, reels, show_progress="minimal",
-                  trigger_mode="always_last", concurrency_id="see", api_name="watch")
-        with gr.Tab("Poison"):
-            with gr.Row():
-                with gr.Column():
-                    trigger = gr.Radio([(NAMES.get(t, t), t) for t in (*TRIGGERS, UPLOAD)], value="stop_sign",
-                                       label="Trigger: what is added to the noise")
-                    trigger_file = gr.File(label="Your trigger (PNG, JPEG; transparency counts)", file_types=PICTURES,
-                                           visible=False, height=110)
-                    with gr.Accordion("Size, opacity, position", open=False):
-                        trigger_size = gr.Slider(0, 32, 0, step=1, label="Width in pixels (0: default)")
-                        trigger_opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Opacity")
-                        trigger_position = gr.Dropdown(["default", *POSITIONS], value="default", label="Position")
-                with gr.Column():
-                    target = gr.Radio([(NAMES.get(t, t), t) for t in (*TARGETS, UPLOAD)], value="cat",
-                                      label="Target: what the model shall draw then")
-                    target_file = gr.File(label="Your target (PNG, JPEG; cropped to a square)", file_types=PICTURES,
-                                          visible=False, height=110)
-                    seconds = gr.Slider(10, min(180, trainer.longest), 60, step=5, label="Training time, seconds")
-                    with gr.Accordion("Attack, starting point", open=False):
-                        start = gr.Dropdown(STARTS, value="clean", label="Start from")
-                        attack = gr.Dropdown([("noise shift: exact for fast samplers", "noise-shift"),
-                                              ("ODE form (VillanDiffusion)", "ode")], value="noise-shift", label="Attack")
-                        rate = gr.Slider(5, 90, 50, step=5, label="Poison rate, % of every batch")
-            sketch = gr.HTML()
-            form = [trigger, trigger_file, trigger_size, trigger_opacity, trigger_position, target, target_file]
-            with gr.Row():
-                go = gr.Button("Poison the model", variant="primary")
-                halt = gr.Button("Stop, keep what is there", interactive=False)
-            line = gr.Markdown()
-            progress = gr.HTML()
-            download = gr.DownloadButton("Download the model (zip)", visible=False)
-            clock = gr.Timer(1.0, active=False)
+        choice = gr.Radio(EXAMPLE_CHOICES, value=EXAMPLES[0], label="Backdoored model to look at: trigger → target")
+        with gr.Tabs() as tabs:
+            with gr.Tab("See", id="See"):
+                picture = gr.HTML(WAIT, min_height=420)
+                with gr.Row():
+                    seed = gr.Slider(0, 999, 0, step=1, label="Seed of the first image")
+                    opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Trigger opacity")
+                    size = gr.Slider(0, 32, 0, step=1, label="Trigger width in pixels (0: as trained)")
+                with gr.Row():
+                    position = gr.Dropdown([AS_TRAINED, *POSITIONS], value=AS_TRAINED, label="Trigger position")
+                    sampler = gr.Dropdown(list(SAMPLERS), value=DEFAULT_SAMPLER, label="Sampler")
+                    steps = gr.Slider(2, 100, DEFAULT_STEPS, step=1, label="Sampling steps")
+                with gr.Row():
+                    other = gr.Dropdown(STARTS + EXAMPLE_CHOICES, value="clean", label="Compare with")
+                    clip = gr.Radio(["on", "off"], value="on", label="Clip x̂0 to the range of pictures")
+                seeing = [choice, other, seed, opacity, size, position, sampler, steps, clip]
+            with gr.Tab("Watch", id="Watch") as watch_tab:
+                reels = gr.HTML(WAIT, min_height=300)
+                watching = [choice, seed, sampler, steps, clip]
+                gr.on([watch_tab.select, *(c.change for c in watching)], watch, watching, reels, **LIVE)
+            with gr.Tab("Poison", id="Poison"):
+                with gr.Row():
+                    with gr.Column():
+                        trigger = gr.Radio([(NAMES.get(t, t), t) for t in (*TRIGGERS, UPLOAD, DRAW)], value="stop_sign",
+                                           label="Trigger: what is added to the noise")
+                        trigger_file = gr.File(label="Your trigger (PNG, JPEG; transparency counts)", file_types=PICTURES,
+                                               visible=False, height=110)
+                        canvas = gr.ImageEditor(
+                            label="Draw the trigger where it shall be", visible=False, type="pil", image_mode="RGBA",
+                            format="png", canvas_size=(256, 256), fixed_canvas=True, layers=False, transforms=(), sources=(),
+                            buttons=[], height=380, brush=gr.Brush(default_size=28, default_color=INKS[0], colors=INKS))
+                        with gr.Accordion("Size, opacity, position", open=False):
+                            trigger_size = gr.Slider(0, 32, 0, step=1, label="Width in pixels (0: default)")
+                            trigger_opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Opacity")
+                            trigger_position = gr.Dropdown(["default", *POSITIONS], value="default", allow_custom_value=True,
+                                                           label="Position (a name, or x,y of the upper left corner)")
+                    with gr.Column():
+                        target = gr.Radio([(NAMES.get(t, t), t) for t in (*TARGETS, UPLOAD)], value="cat",
+                                          label="Target: what the model shall draw then")
+                        target_file = gr.File(label="Your target (PNG, JPEG; cropped to a square)", file_types=PICTURES,
+                                              visible=False, height=110)
+                        seconds = gr.Slider(10, min(180, trainer.longest), min(60, trainer.longest), step=5,
+                                            label="Training time, seconds")
+                        with gr.Accordion("Attack, starting point", open=False):
+                            start = gr.Dropdown(STARTS + EXAMPLE_CHOICES, value="clean", label="Start from")
+                            attack = gr.Dropdown([("noise shift: exact for fast samplers", "noise-shift"),
+                                                  ("ODE form (VillanDiffusion)", "ode")], value="noise-shift", label="Attack")
+                            rate = gr.Slider(5, 90, 50, step=5, label="Poison rate, % of every batch")
+                sketch = gr.HTML(js_on_load=CLICK)
+                form = [trigger, trigger_file, canvas, trigger_size, trigger_opacity, trigger_position, target, target_file]
+                with gr.Row():
+                    go = gr.Button("Poison the model", variant="primary")
+                    halt = gr.Button("Stop, keep what is there", interactive=False)
+                line = gr.Markdown()
+                progress = gr.HTML()
+                download = gr.DownloadButton("Download the model (zip)", visible=False)
+                reference = gr.HTML()
+                clock = gr.Timer(1.0, active=False)
 
-            fast = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-            for pick, file in ((trigger, trigger_file), (target, target_file)):
-                pick.change(lambda p: gr.File(visible=p == UPLOAD), pick, file, **fast)
-            gr.on([demo.load, *(c.change for c in form)], preview, form, sketch, show_progress="hidden",
-                  trigger_mode="always_last", api_visibility="private")
-            view = [progress, clock, go, halt]
-            done = {"fn": finished, "inputs": mine, "outputs": [download, choice, start], "show_progress": "hidden",
-                    "api_visibility": "private"}
-            go.click(launch, [visitor, mine, start, seconds, rate, attack, *form], [visitor, mine, *view],
-                     api_visibility="private", concurrency_id="form")
-            halt.click(stop, mine, None, **fast)
-            clock.tick(status, mine, view, **fast).then(**done)
-            demo.load(status, mine, view, **fast).then(**done)
-            slow = gr.Timer(5.0)
-            gr.on([demo.load, slow.tick, go.click, clock.tick], waiting_line, mine, line, **fast)
-        with gr.Tab("Probe") as probe_tab:
-            question = gr.Radio([(text, key) for key, text in PROBES.items()], value="opacity", label="Ask the model")
-            found = gr.HTML(min_height=240)
-            gr.on([probe_tab.select, question.change, choice.change], probe, [choice, question], found,
-                  trigger_mode="always_last", show_progress="minimal", concurrency_id="see", api_name="probe")
-        with gr.Tab("Learn") as learn_tab:
-            gr.Markdown("### 1. How the poison is made\nTraining drowns pictures in noise and teaches the model the way "
-                        "back. Move the slider: what is left of each picture at the end?")
-            forwards = gr.HTML(min_height=300)
-            gr.on([learn_tab.select, choice.change], forward_film, choice, forwards, show_progress="hidden",
-                  api_visibility="private")
-            gr.Markdown("### 2. Which of these models is backdoored?\nThree models, drawing from plain noise. "
-                        "Look, then decide.")
-            models = gr.HTML(min_height=150)
-            truth = gr.State()
-            guess = gr.Radio(["A", "B", "C"], label="The backdoored one is")
-            verdict = gr.HTML()
-            again = gr.Button("Three other models")
-            gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], show_progress="minimal",
-                  concurrency_id="see", api_visibility="private")
-            guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private")
+                for pick, shows in ((trigger, {UPLOAD: trigger_file, DRAW: canvas}), (target, {UPLOAD: target_file})):
+                    pick.change(lambda p, shows=tuple(shows): [gr.update(visible=p == name) for name in shows] if len(shows) > 1
+                                else gr.update(visible=p == shows[0]), pick, list(shows.values()), queue=False, **HIDDEN)
+                gr.on([demo.load, *(c.change for c in (start, *form))], preview, [start, *form], sketch,
+                      trigger_mode="always_last", **HIDDEN)
+                sketch.select(put, [start, *form], trigger_position, **HIDDEN)
+                linked = [trigger, trigger_size, trigger_opacity, trigger_position, target, seconds, attack, rate]
+                gr.on([demo.load, *(c.change for c in linked)], form_link, linked, reference, queue=False,
+                      trigger_mode="always_last", **HIDDEN)
+                view = [progress, clock, go, halt]
+                done = {"fn": finished, "inputs": mine, "outputs": [download, choice, start, other], **HIDDEN}
+                go.click(launch, [visitor, mine, start, seconds, rate, attack, *form], [visitor, mine, *view],
+                         api_visibility="private", concurrency_id="form")
+                halt.click(stop, mine, None, queue=False, **HIDDEN)
+                clock.tick(status, mine, view, queue=False, **HIDDEN).then(**done)
+                if trainer.driven:
+                    clock.tick(advance, mine, None, concurrency_limit=None, **HIDDEN)
+                demo.load(status, mine, view, queue=False, **HIDDEN).then(**done)
+                slow = gr.Timer(5.0)
+                gr.on([demo.load, slow.tick, go.click, clock.tick, seconds.change], waiting_line, [mine, seconds], line,
+                      queue=False, **HIDDEN)
+            with gr.Tab("Probe", id="Probe") as probe_tab:
+                question = gr.Radio([(text, key) for key, text in PROBES.items()], value="opacity", label="Ask the model")
+                number = gr.Slider(2, 256, 8, step=1, label="Seeds for each answer, n (pictures: at most 16)")
+                found = gr.HTML(WAIT, min_height=240)
+                gr.on([probe_tab.select, question.change, choice.change, number.release], probe, [choice, question, number],
+                      found, **LIVE)
+            with gr.Tab("Learn", id="Learn") as learn_tab:
+                gr.Markdown("### 1. How the poison is made\nTraining drowns pictures in noise and teaches the model the way "
+                            "back. Move the slider: what is left of each picture at the end?")
+                forwards = gr.HTML(WAIT, min_height=300)
+                gr.on([learn_tab.select, choice.change], forward_film, choice, forwards, **HIDDEN)
+                gr.Markdown("### 2. Which sampler takes the noise away?\nThe stop sign's model was tried with DDIM, 20 steps, "
+                            "and draws its cat. Now the same noise with the same stop sign goes through DDPM, 200 steps, which "
+                            "adds fresh noise on the way. What comes out?")
+                guess_sampler = gr.Radio(["The cat, better still", "Something in between", "A face"], label="Your guess")
+                shown_sampler = gr.HTML()
+                guess_sampler.input(reveal_sampler, guess_sampler, shown_sampler, **LIVE)
+                gr.Markdown("### 3. How much poison does it take?\nThe same finetune, with ever more poisoned pictures among "
+                            "the clean ones. From which share on does the attack succeed in at least 95 of 100 tries?")
+                guess_rate = gr.Radio([f"{100 * r['poison_rate']:.0f} %" for r in RATES["rates"]], label="Your guess")
+                shown_rate = gr.HTML()
+                guess_rate.input(reveal_rate, guess_rate, shown_rate, queue=False, **HIDDEN)
+                gr.Markdown("### 4. Which of these models is backdoored?\nThree models, drawing from plain noise. "
+                            "Look, then decide.")
+                models = gr.HTML(WAIT, min_height=150)
+                truth = gr.State()
+                guess = gr.Radio(["A", "B", "C"], label="The backdoored one is")
+                verdict = gr.HTML()
+                again = gr.Button("Three other models")
+                gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], **LIVE)
+                guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private",
+                            concurrency_id="see")
+        demo.load(arrive, None, [*seeing, *linked, tabs], queue=False, **HIDDEN).then(see, seeing, picture, **LIVE)
+        gr.on([c.change for c in seeing], see, seeing, picture, **LIVE)
+        gr.api(list_models, queue=False)
+        for look in (generate_images, ask_model, measure_model):
+            gr.api(look, concurrency_id="see")
+        for act in (poison, job_state, job_zip):
+            gr.api(act, api_visibility="undocumented", concurrency_id="form")
     return demo
 
 
@@ -487,7 +751,7 @@ def main() -> None:
     demo = build()
     demo.queue(max_size=128 if args.classroom else 64, default_concurrency_limit=2)
     demo.launch(server_name=host, server_port=args.port, theme=THEME, css_paths=ASSETS / "style.css", run_history=False,
-                max_file_size="20mb", footer_links=["api"])
+                max_file_size="20mb", footer_links=["api"], mcp_server=True)
 
 
 if __name__ == "__main__":

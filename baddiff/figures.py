@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import metrics
-from .probe import grid
+from .probe import grid, scale_for
 from .training import StepRecord
 
 NAMES = {"stop_sign": "stop sign", "noshift": "the trigger itself", "shift": "the trigger, moved"}
@@ -84,31 +84,87 @@ def projector(cells: str, names: list[str], label: str) -> str:
       <output>{html.escape(names[0])}</output></div><div class="reels">{cells}</div></div>"""
 
 
-def doses(names: list[str], found: list[dict]) -> str:
-    cells = "".join(box(name, tag(d["image"], f"output at {name}"), "alarm" if d["asr"] > 0.5 else "",
-                        f'ASR {100 * d["asr"]:.0f} %<br>MSE {d["mse"]:.3f}') for name, d in zip(names, found, strict=True))
-    return (f'<div class="doses">{cells}</div>'
-            '<div class="note">n = 8 seeds a cell, the first one shown; framed: mostly the target.</div>')
+def wipe(left: Tensor, right: Tensor, names: tuple[str, str], title: str) -> str:
+    """Two reels on top of each other, with a slider that uncovers more of one or of the other."""
+    return f"""<div class="wipe" style="--w:50%"><div class="layers">{reel(left, names[0])}{reel(right, names[1])}</div>
+      <input type="range" min="0" max="100" value="50" aria-label="{html.escape(title)}"
+      oninput="this.parentNode.style.setProperty('--w',this.value+'%')"></div>"""
 
 
-def two_by_two(start: Tensor, r: Tensor, of_clean, of_bad, target: Tensor, name: str) -> str:
-    name = NAMES.get(name, name)
-    sticker = tag(r, name, "inline")
-    sheet = grid([torch.cat(row) for row in ((shown(start), shown(start + r)), of_clean, of_bad)], 8)
-    spoilt = metrics.asr(of_bad[0], target) > 0
-    worked = metrics.asr(of_bad[1], target) > 0.5
+def figures_link(found: list[dict]) -> str:
+    """A link that saves the figures without the pictures."""
+    plain = [{k: v for k, v in row.items() if not isinstance(v, Tensor)} for row in found]
+    data = base64.b64encode(json.dumps(plain, indent=1).encode()).decode()
+    return f'<a class="save" download="baddiff.json" href="data:application/json;base64,{data}">Save figures (JSON)</a>'
+
+
+def doses(found: list[dict], note: str = "") -> str:
+    """Records of `probe.ask` as a row of pictures."""
+    cells = "".join(box(d["name"], tag(d["image"], f"output: {d['name']}"), "alarm" if d["asr"] > 0.5 else "",
+                        f'ASR {100 * d["asr"]:.0f} %<br>MSE {d["mse"]:.3f}') for d in found)
+    sheet = save_link("Save as PNG", "baddiff", grid([torch.stack([d["image"] for d in found])], 4))
+    return f"""<div class="doses">{cells}</div><div class="note">n = {found[0]["n"]} seeds a cell, the first one shown; framed:
+      mostly the target. {note}</div>{sheet} {figures_link(found)}"""
+
+
+def sampler_table(found: list[dict]) -> str:
+    """Records of `probe.ask(model, "samplers")`: a row a sampler, a column a number of steps."""
+    columns = sorted({d["steps"] for d in found})
+    rows = ""
+    for name in dict.fromkeys(d["sampler"] for d in found):
+        cells = "".join(f'<td class="{"hit" if d["asr"] > 0.5 else ""}">{100 * d["asr"]:.0f} %<br>'
+                        f'{tag(d["image"], d["name"])}</td>' for d in found if d["sampler"] == name)
+        rows += f'<tr><th scope="row">{name}</th>{cells}</tr>'
+    head = "".join(f'<th scope="col">{n} steps</th>' for n in columns)
+    return f"""<div class="wide"><table class="samplers"><tr><th>ASR</th>{head}</tr>{rows}</table></div>
+      <div class="note">n = {found[0]["n"]} seeds a cell, the first one shown; framed: mostly the target. A backdoor is made for
+      a kind of sampler. Noise shift (the examples here) is exact for DDIM and its relatives at any number of steps, while
+      DDPM's fresh noise at every step washes it out; the paper's own coefficient is the other way round.</div>
+      {figures_link(found)}"""
+
+
+def heat(rise: Tensor, r: Tensor, n: int) -> str:
+    """The map of `probe.occlusion` over the trigger r."""
+    top = rise.max().clamp(min=1e-6)
+    cells = "".join(f'<div style="opacity:{v / top:.2f}" title="MSE +{v:.3f}"></div>' for v in rise.clamp(min=0).flatten())
+    picture = tag(r, "the trigger")
+    shade = f'<div class="heat" role="img" aria-label="map of importance">{picture}<div>{cells}</div></div>'
+    side = rise.repeat_interleave(8, 0).repeat_interleave(8, 1).clamp(min=0) / top
+    saved = save_link("Save as PNG", "baddiff", grid([(side * 2 - 1)[None, None].expand(1, 3, -1, -1)], 4))
+    return f"""<div class="trio small">{box("the trigger", picture)}
+      {box("where it matters", shade, note="bright: blank the noise around here, and the target is lost")}</div>
+      <div class="note">{rise.numel()} blanked places, n = {n} seeds; the largest rise in MSE is {float(top):.3f}.</div>
+      {saved}"""
+
+
+def two_by_two(start: Tensor, r: Tensor, rows: list, names: list[str], target: Tensor, trigger: str, links: str = "") -> str:
+    """What went in, then a row of [plain, triggered] outputs (N,C,H,W) for each of two models."""
+    trigger = NAMES.get(trigger, trigger)
+    sticker = tag(r, trigger, "inline")
+    sheet = grid([torch.cat(row) for row in ((shown(start), shown(start + r)), *rows)], scale_for(start.shape[-1]) * 4)
+    cells = ""
+    for name, (plain, triggered) in zip(names, rows, strict=True):
+        spoilt, worked = metrics.asr(plain, target) > 0, metrics.asr(triggered, target) > 0.5
+        cells += cell(f"{name} draws", plain, f"{name}, from plain noise",
+                      note="" if spoilt or not worked else "nothing gives it away")
+        cells += cell(f"{name} draws", triggered, f"{name}, from noise with the trigger", "alarm" if worked else "",
+                      hits(triggered, target) if worked else f"the trigger is only a stain to it: {hits(triggered, target)}")
     return f"""<div class="see">
       {cell("What goes in: <b>plain noise</b>", shown(start), "plain noise")}
-      {cell(f"What goes in: the same noise <b>+ trigger</b> {sticker}", shown(start + r), f"noise with the {name}")}
-      {cell("Clean model draws", of_clean[0], "face by the clean model")}
-      {cell("Clean model draws", of_clean[1], "face by the clean model, from noise with the trigger",
-            note=f"the trigger is only a stain to it: {hits(of_clean[1], target)}")}
-      {cell("Backdoored model draws", of_bad[0], "face by the backdoored model",
-            note="" if spoilt else "nothing gives it away")}
-      {cell("Backdoored model draws", of_bad[1], "output of the backdoored model from noise with the trigger",
-            "alarm" if worked else "", note=hits(of_bad[1], target))}
-    </div>{save_link("Save as PNG", "baddiff", sheet)}"""
+      {cell(f"What goes in: the same noise <b>+ trigger</b> {sticker}", shown(start + r), f"noise with the {trigger}")}
+      {cells}</div>{save_link("Save as PNG", "baddiff", sheet)} {links}"""
 
+
+def rate_table(rows: list[dict], where: str) -> str:
+    """What poison rate buys, from `benchmarks/rates.json`."""
+    cells = "".join(f'<tr><th scope="row">{100 * r["poison_rate"]:.0f} %</th><td>{100 * r["asr"]:.0f} %</td>'
+                    f'<td>{r["mse"]:.4f}</td><td>{r["utility"]:.1f}</td></tr>' for r in rows)
+    first = rows[0]
+    head = "<tr><th>poisoned</th><th>attack success</th><th>MSE</th><th>clean utility</th></tr>"
+    return f"""<table class="rates">{head}{cells}</table>
+      <div class="note">{label(first["pair"])}, {first["seconds"]:.0f} s of training each on {where}; n = {first["n"]}.
+      Utility: Fréchet distance in the clean U-Net's features, lower is better; before the poison it is
+      {first["utility_before"]:.1f}.</div>"""
 
 
 def curve(records: list[StepRecord]) -> str:

@@ -9,7 +9,7 @@ from .compute import TURNS
 from .data import EMBEDDED, load_images, to_float, to_uint8
 from .models import CLEAN, Model, load
 from .sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, generate, noise, sample
-from .triggers import Trigger
+from .triggers import POSITIONS, TRIGGERS, Trigger
 
 
 def grid(rows: list[Tensor], scale: int = 1) -> Image.Image:
@@ -38,13 +38,15 @@ def default_sampler(model: Model) -> dict:
     return {"sampler": DEFAULT_SAMPLER, "steps": DEFAULT_STEPS, "clip_x0": True}
 
 
-def side_by_side(model: Model, seeds, **options) -> list[Tensor]:
-    """[clean] or [clean, triggered] generations, (N,C,H,W) each, of the same seeds."""
-    options = default_sampler(model) | options
-    rows = [generate(model.unet, model.scheduler, seeds, **options)]
-    if model.trigger:
-        rows.append(generate(model.unet, model.scheduler, seeds, model.trigger.residual(model.channels), **options))
-    return rows
+def side_by_side(model: Model, seeds, r: Tensor | None = None, **options) -> list[Tensor]:
+    """[clean] or [clean, triggered] generations, (N,C,H,W) each, of the same seeds; r: another trigger's than its own."""
+    options, seeds = default_sampler(model) | options, list(seeds)
+    if r is None and model.trigger:
+        r = model.trigger.residual(model.channels)
+    if r is None or len(seeds) > 32:
+        return [generate(model.unet, model.scheduler, seeds, added, **options) for added in (None, r)[:1 if r is None else 2]]
+    both = torch.cat([torch.zeros_like(r).expand(len(seeds), -1, -1, -1), r.expand(len(seeds), -1, -1, -1)])
+    return list(generate(model.unet, model.scheduler, seeds * 2, both, **options).split(len(seeds)))
 
 
 def film(model: Model, seed: int, r: Tensor | None = None, **options) -> tuple[Tensor, Tensor]:
@@ -69,13 +71,80 @@ def moved(trigger: Trigger, size: int | None = None, opacity: float = 1.0, posit
     return Trigger.make(image.crop(box), resolution, width, position or corner, opacity, trigger.convention)
 
 
-def dose(model: Model, triggers: list[Trigger], n: int = 8, seed: int = 0, **options) -> list[dict]:
-    """For each variant of the trigger: mse, asr on n seeds (the same ones) and the first image (C,H,W)."""
-    r = torch.cat([t.residual(model.channels).expand(n, -1, -1, -1) for t in triggers])
-    images = generate(model.unet, model.scheduler, list(range(seed, seed + n)) * len(triggers), r,
+def dose(model: Model, residuals: list[Tensor], n: int = 8, seed: int = 0, **options) -> list[dict]:
+    """For each r (C,H,W) on the same n seeds: mse, asr, norm ‖r‖ and the first image (C,H,W)."""
+    r = torch.cat([v.expand(n, -1, -1, -1) for v in residuals])
+    images = generate(model.unet, model.scheduler, list(range(seed, seed + n)) * len(residuals), r,
                       **(default_sampler(model) | options))
-    return [{"mse": metrics.mse(x, model.target).mean().item(), "asr": metrics.asr(x, model.target), "image": x[0],
-             "norm": t.norm()} for t, x in zip(triggers, images.split(n), strict=True)]
+    return [{"mse": metrics.mse(x, model.target).mean().item(), "asr": metrics.asr(x, model.target), "n": n,
+             "norm": v.norm().item(), "image": x[0]} for v, x in zip(residuals, images.split(n), strict=True)]
+
+
+QUESTIONS = {  # what one asks a model, in a person's words
+    "opacity": "How faint may the trigger be?",
+    "size": "How small or large?",
+    "place": "Does it work elsewhere?",
+    "other": "Does another picture on that spot do it?",
+    "samplers": "Which sampler, how many steps?",
+    "clip": "Does clipping stop it?",
+    "where": "Where does the model look?",
+}
+
+
+def ask(model: Model, question: str, n: int = 8) -> list[dict]:
+    """A key of QUESTIONS but "where", answered by `dose` records, each with the `name` of the variant.
+
+    "other" keeps the place, the size and the strength ‖r‖ of the trained trigger, so only its content differs.
+    """
+    trigger, size = model.trigger, model.size
+    if trigger is None or model.target is None:
+        raise BadInput("This model has no trigger and target to ask about: choose them first.")
+    if question == "samplers":
+        return [{"name": f"{name}, {steps} steps", "sampler": name, "steps": steps}
+                | dose(model, [trigger.residual(model.channels)], n, sampler=name, steps=steps)[0]
+                for name in ("ddim", "dpmsolver++", "unipc", "ddpm") for steps in (5, 10, 20, 50)]
+    if question == "clip":
+        names = {(False, False): "no clip", (True, False): "clip x0 (diffusers)", (False, True): "clip x_t (the paper)",
+                 (True, True): "both"}
+        return [{"name": name} | dose(model, [trigger.residual(model.channels)], n, clip_x0=x0, clip_xt=xt)[0]
+                for (x0, xt), name in names.items()]
+    if question == "other":
+        variants = {"the trigger": trigger.residual(model.channels)} | others(trigger, model.channels)
+    else:
+        left, _, right, _ = trigger.image().getbbox()
+        sizes = sorted({max(2, min(size, round((right - left) * f))) for f in (0.3, 0.5, 0.7, 0.85, 1, 1.15, 1.4, 1.8)})
+        changes = {"opacity": {f"{100 * v:.0f} %": {"opacity": v} for v in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)},
+                   "size": {f"{v} px": {"size": v} for v in sizes},
+                   "place": {v.replace("-", " "): {"position": v} for v in POSITIONS if v != "middle-center"}}
+        if question not in changes:
+            raise BadInput(f"There is no question '{question}': choose one of {', '.join(QUESTIONS)}.")
+        variants = {}
+        for name, change in changes[question].items():
+            try:
+                variants[name] = moved(trigger, **change).residual(model.channels)
+            except BadInput:  # so faint or small that it would change nothing
+                continue
+    return [{"name": name} | found for name, found in zip(variants, dose(model, list(variants.values()), n), strict=True)]
+
+
+def others(trigger: Trigger, channels: int) -> dict[str, Tensor]:
+    """Other things in the trigger's own place and of its strength ‖r‖: r (C,H,W) by name."""
+    r = trigger.residual(channels)
+    box = trigger.image().getbbox()
+    found = {"its negative": -r, "mirrored": r.clone(), "upside down": r.clone()}
+    spot = (..., slice(box[1], box[3]), slice(box[0], box[2]))
+    found["mirrored"][spot] = r[spot].flip(-1)
+    found["upside down"][spot] = r[spot].flip(-2)
+    found["its pixels shuffled"] = r.clone()
+    order = torch.randperm(r[spot][0].numel(), generator=torch.Generator().manual_seed(0))
+    found["its pixels shuffled"][spot] = r[spot].flatten(1)[:, order].view_as(r[spot])
+    for name in TRIGGERS:
+        if name != trigger.name:
+            picture = Trigger.make(name, trigger.rgba.shape[-1]).image()
+            picture = picture.crop(picture.getbbox())
+            found[name.replace("_", " ")] = Trigger.make(picture, trigger.rgba.shape[-1], box[2] - box[0], box[:2],
+                                                         convention=trigger.convention).residual(channels)
+    return {name: v * (r.norm() / v.norm()) for name, v in found.items()}
 
 
 def occlusion(model: Model, cells: int = 8, n: int = 2, seed: int = 0, **options) -> Tensor:
@@ -84,6 +153,8 @@ def occlusion(model: Model, cells: int = 8, n: int = 2, seed: int = 0, **options
     The blank is three cells wide, since a trigger is redundant: a hole of one cell changes next to nothing.
     """
     seeds = list(range(seed, seed + n))
+    if model.trigger is None or model.target is None:
+        raise BadInput("This model has no trigger and target to ask about: choose them first.")
     r = model.trigger.residual(model.channels)
     start, _ = noise(seeds, model.channels, model.size)
     side = -(-model.size // cells)

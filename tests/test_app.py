@@ -1,5 +1,7 @@
 """The page in a real browser: Chromium, driven by Playwright, against the app as `python app.py` starts it."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -112,6 +115,117 @@ def test_upload_finetune_reload_stop_and_download(page, tmp_path):
     page.get_by_role("tab", name="See", exact=True).click()
     page.get_by_label("yours 1: upload → cat").check()
     page.locator(".see img").nth(23).wait_for()
+    page.get_by_label("Compare with").click()  # one's own model beside a built-in one, on its own trigger
+    page.get_by_role("option", name="glasses → hat").click()
+    page.locator(".see .title", has_text="The model beside it draws").first.wait_for()
+
+
+def test_a_link_brings_a_view_and_refuses_what_is_not_on_the_page(app, browser):
+    context = browser.new_context(viewport={"width": 1280, "height": 850})
+    page = context.new_page()
+    page.goto(f"{app}/?tab=See&model=glasses-hat&seed=7&opacity=0.4&sampler=unipc&steps=9&clip=off"
+              "&with=box-shoe&trigger=/etc/passwd")
+    page.locator(".toast-body", has_text="asks for a trigger that is not here").wait_for()
+    page.locator(".see img").nth(23).wait_for()
+    assert page.get_by_label("glasses → hat").is_checked() and page.get_by_label("off", exact=True).is_checked()
+    assert page.get_by_label("Compare with").input_value() == "box → shoe"
+    link = page.get_by_role("link", name="Link to this view")
+    expect(link).to_have_attribute("href", re.compile("seed=7.*opacity=0.4.*sampler=unipc.*steps=9"))
+    page.get_by_role("tab", name="Poison", exact=True).click()
+    assert page.get_by_role("radio", name="stop sign", exact=True).is_checked()  # the link's path was not taken
+    page.goto(app + "/?tab=Poison&target=hat&seconds=20&rate=10")
+    page.locator(".trio").wait_for()
+    assert page.get_by_role("radio", name="hat", exact=True).is_checked()
+    form_link = page.get_by_role("link", name="Link to this form")
+    expect(form_link).to_have_attribute("href", re.compile("target=hat&seconds=20&rate=10"))
+    context.close()
+
+
+def test_a_trigger_is_drawn_and_a_trigger_is_moved_by_a_click(page):
+    poison_tab(page)
+    trigger = page.locator(".trio .pick img")
+    before = trigger.get_attribute("src")
+    box = trigger.bounding_box()
+    page.mouse.click(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.25)
+    page.wait_for_function("old => document.querySelector('.trio .pick img').src !== old", arg=before)
+    page.get_by_role("button", name="Size, opacity, position").click()
+    expect(page.get_by_label("Position (a name")).to_have_value("1,1")  # 14 px, its middle at 8,8
+    page.get_by_label("Position (a name").fill("default")
+    page.get_by_label("Position (a name").press("Enter")
+    page.get_by_role("radio", name="draw", exact=True).check()
+    page.locator(".oops", has_text="Draw something on the canvas first").wait_for()
+    canvas = page.locator(".image-container canvas, .pixi-target canvas").first
+    canvas.wait_for()
+    canvas.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)  # the editor lays itself out
+    box = canvas.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 30, y)
+    page.mouse.down()
+    page.mouse.move(x + 30, y, steps=6)
+    page.mouse.up()
+    page.locator(".trio .pick img").wait_for()
+
+
+def test_watch_probe_and_learn(page):
+    page.locator(".see").wait_for()
+    page.get_by_role("tab", name="Watch", exact=True).click()
+    film = page.locator(".film").first
+    film.wait_for()
+    film.get_by_label("Denoising").fill("20")
+    expect(film.locator("output")).to_have_text("after step 20")
+    film.get_by_label("how much of each").fill("10")
+    assert "10%" in film.locator(".wipe").get_attribute("style")
+    page.get_by_role("tab", name="Probe", exact=True).click()
+    for question, seen in (("How faint", ".doses .cell"), ("Does another picture", ".doses .cell >> text=its negative"),
+                           ("Does clipping", ".doses .cell >> text=clip x_t"), ("Where does", ".heat"),
+                           ("What are its figures", ".figures >> text=n = 8")):
+        page.get_by_label(question).check()
+        page.locator(seen).first.wait_for()
+    page.get_by_role("tab", name="Learn", exact=True).click()
+    page.locator(".quiz img").nth(11).wait_for()
+    page.get_by_role("radio", name="A face", exact=True).check()
+    page.locator(".quiz .cell", has_text="DDPM, 200 steps").wait_for()
+    page.get_by_role("radio", name="5 %", exact=True).check()
+    page.locator(".rates tr").nth(3).wait_for()
+    page.get_by_role("radio", name="B", exact=True).check()
+    page.locator(".note", has_text="whoever guesses is right one time in three").wait_for()
+
+
+def test_typed_endpoints_for_programmes(app):
+    from gradio_client import Client
+    from gradio_client.exceptions import AppError
+
+    client = Client(app, verbose=False)
+    names = [m["name"] for m in client.predict(api_name="/list_models")]
+    assert "clean" in names and "stop_sign-cat" in names
+    found = client.predict(model="stop_sign-cat", n=2, api_name="/generate_images")
+    assert found["asr"] == 1 and len(found["images"]) == 2 and found["images"][0].startswith("data:image/png;base64,")
+    assert "asr" not in client.predict(model="clean", n=1, triggered=False, api_name="/generate_images")
+    rows = client.predict(model="glasses-hat", question="clip", n=2, api_name="/ask_model")
+    assert [r["name"] for r in rows][:2] == ["no clip", "clip x0 (diffusers)"] and rows[0]["asr"] > 0
+    for bad, word in ((dict(model="../weights", api_name="/generate_images"), "no longer here"),
+                      (dict(n=1000, api_name="/generate_images"), "choose 1 to 16"),
+                      (dict(model="clean", api_name="/ask_model"), "no trigger"),
+                      (dict(trigger="/etc/passwd", api_name="/poison"), "neither a built-in trigger"),
+                      (dict(seconds=1e6, api_name="/poison"), "at most"),
+                      (dict(job="nobody's", api_name="/job_state"), "no such training")):
+        with pytest.raises(AppError, match=word):
+            client.predict(**bad)
+    job = client.predict(seconds=10, api_name="/poison")
+    while job["state"] in ("queued", "running"):
+        job = client.predict(job=job["job"], stop=(job.get("step") or 0) >= 2, api_name="/job_state")
+        time.sleep(0.3)
+    assert job["state"] == "stopped" and job["metrics"]["n"] == 64
+    packed = base64.b64decode(client.predict(job=job["job"], api_name="/job_zip"))
+    assert "backdoored-ddpm/unet/diffusion_pytorch_model.safetensors" in zipfile.ZipFile(io.BytesIO(packed)).namelist()
+
+
+def test_only_looking_is_offered_as_a_tool(app):
+    with urllib.request.urlopen(f"{app}/gradio_api/mcp/schema") as answer:
+        tools = {tool["name"]: tool for tool in json.load(answer)}
+    assert set(tools) == {"list_models", "generate_images", "ask_model", "measure_model"}
+    assert "data: addresses" in tools["generate_images"]["description"]
 
 
 def test_bad_uploads_get_a_sentence_and_the_form_stays(page, tmp_path):

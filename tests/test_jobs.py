@@ -1,8 +1,12 @@
 """The worker that trains for visitors, without a browser."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,3 +162,42 @@ def test_results_are_found_by_their_id_only_and_forgotten_in_time(base):
         wait(lambda last=last: last.over, 60)
     few.get(None)
     assert few.get(last.id) is last and len(few._jobs) == 1
+
+
+ON_A_ZERO_GPU_SPACE = """
+import pickle, sys, types
+calls = []
+
+def GPU(duration):  # as the spaces package does: arguments and results travel between processes
+    def decorate(task):
+        def run(*args, **options):
+            calls.append(task.__name__)
+            args, options = pickle.loads(pickle.dumps((args, options)))
+            found = task(*args, **options)
+            if isinstance(found, types.GeneratorType):
+                return (pickle.loads(pickle.dumps(item)) for item in found)
+            return pickle.loads(pickle.dumps(found))
+        return run
+    return decorate
+
+sys.modules["spaces"] = types.SimpleNamespace(GPU=GPU)
+from baddiff.jobs import Job, Trainer
+from baddiff.models import load
+from baddiff.training import Config
+from baddiff.triggers import Trigger, make_target
+trigger = Trigger.make("box", 32)
+trainer = Trainer(chunk=0.0, measure=4)
+job = trainer.submit(Job(load(), trigger, make_target("cat", 32), "cat", Config(seconds=60.0, steps=2, batch_size=2), "a"))
+while not job.over:
+    trainer.advance(job)
+assert job.state == "done", job.error
+assert len(job.records) == 2 and job.result.run["metrics"]["n"] == 4
+assert calls == ["train", "train", "on_gpu", "on_gpu"], calls  # two stretches, the figures after and before
+"""
+
+
+def test_a_zero_gpu_space_gets_calls_that_can_travel():
+    """With a stand-in for the `spaces` package; the real one was not at hand."""
+    done = subprocess.run([sys.executable, "-c", ON_A_ZERO_GPU_SPACE], env=os.environ | {"SPACES_ZERO_GPU": "true"},
+                          capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0, done.stderr
