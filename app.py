@@ -19,7 +19,6 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import torch
-from PIL import Image
 
 from baddiff import BadInput, metrics
 from baddiff.compute import best_precision, device_name, on_gpu
@@ -52,7 +51,7 @@ from baddiff.models import CLEAN, WEIGHTS, Model, load, save
 from baddiff.probe import QUESTIONS, ask, evaluate, film, grid, moved, occlusion, scale_for, side_by_side
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
 from baddiff.training import Config
-from baddiff.triggers import ASSETS, MAX_BYTES, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
+from baddiff.triggers import ASSETS, MAX_BYTES, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target, open_image
 
 UPLOAD, DRAW = "upload", "draw"
 EXAMPLES = ("stop_sign-cat", "glasses-hat", "box-shoe")
@@ -290,15 +289,7 @@ def answer(guess: str | None, truth) -> str:
 
 # --- poison ------------------------------------------------------------------------------------------------------------
 
-def drawing(editor) -> Image.Image:
-    """What was drawn on the canvas, RGBA, without its background."""
-    layers = [layer for layer in (editor or {}).get("layers") or [] if layer is not None]
-    if not layers or not any(layer.getextrema()[3][1] for layer in layers):
-        raise BadInput("Draw something on the canvas first, or choose a built-in trigger.")
-    return functools.reduce(Image.alpha_composite, layers)
-
-
-def chosen(base: Model, trigger: str, trigger_file, editor, size: float, opacity: float, position: str, target: str,
+def chosen(base: Model, trigger: str, trigger_file, drawn: str, size: float, opacity: float, position: str, target: str,
            target_file):
     """The form as a Trigger and a target; raises BadInput. Names are checked: a path is only ever an uploaded file's."""
     sources = []
@@ -310,7 +301,9 @@ def chosen(base: Model, trigger: str, trigger_file, editor, size: float, opacity
         sources.append(file if choice == UPLOAD else choice)
     width, place = int(size) or None, position if position != "default" else None
     if trigger == DRAW:
-        sources[0] = drawing(editor)
+        if not drawn:
+            raise BadInput("Draw something on the canvas first, or choose a built-in trigger.")
+        sources[0] = open_image(picture_of(drawn))
         if width is None and place is None:
             width, place = base.size, (0, 0)  # the canvas is the whole picture: as large and where it was drawn
         else:
@@ -335,9 +328,31 @@ def preview(start: str, *form) -> str:
       ({"easy to learn" if trigger.norm() > 8 else "weak: it takes longer to learn"}).</div>"""
 
 
+PAD = f"""<div class="pad"><div class="controls"><label>Colour <input type="color" value="#e03131"></label>
+  <label>Brush <select><option>1<option selected>2<option>4</select></label><label><input type="checkbox"> Eraser</label>
+  <button type="button">Clear</button></div><canvas width="{CLEAN_MODEL.size}" height="{CLEAN_MODEL.size}" role="img"
+  aria-label="canvas: draw the trigger where it shall be"></canvas></div>"""
+DRAWING = """const c = element.querySelector('canvas'), x = c.getContext('2d'), of = q => element.querySelector(q);
+  let last = null;
+  const give = () => trigger('select', {index: 0, value: x.getImageData(0, 0, c.width, c.height).data.some(v => v) ?
+    c.toDataURL() : ''});
+  const at = e => { const b = c.getBoundingClientRect();
+    return [(e.clientX - b.left) / b.width * c.width, (e.clientY - b.top) / b.height * c.height]; };
+  const line = (a, b) => { const n = +of('select').value, d = Math.max(1, Math.ceil(Math.hypot(b[0] - a[0], b[1] - a[1])));
+    x.fillStyle = of('[type=color]').value;
+    for (let i = 0; i <= d; i++) x[of('[type=checkbox]').checked ? 'clearRect' : 'fillRect'](
+      ...[0, 1].map(k => Math.round(a[k] + (b[k] - a[k]) * i / d - n / 2)), n, n); };
+  c.onpointerdown = e => { c.setPointerCapture(e.pointerId); last = at(e); line(last, last); };
+  c.onpointermove = e => { if (last) { line(last, at(e)); last = at(e); } };
+  c.onpointerup = c.onpointercancel = () => { if (last) { last = null; give(); } };
+  of('button').onclick = () => { x.clearRect(0, 0, c.width, c.height); give(); };"""
 CLICK = """element.addEventListener('click', e => { const i = e.target.closest('.pick')?.querySelector('img');
   if (i) { const b = i.getBoundingClientRect();
     trigger('select', {index: [(e.clientX - b.left) / b.width, (e.clientY - b.top) / b.height], value: null}); } });"""
+
+
+def draw(what: gr.SelectData) -> str:
+    return what.value or ""
 
 
 def put(where: gr.SelectData, start: str, *form):
@@ -540,10 +555,10 @@ def measure_model(model: str = "stop_sign-cat", n: int = 64) -> dict:
     return on_gpu(evaluate, model_of(model), n=max(2, min(n, 256)))
 
 
-def picture_of(text: str, known: dict):
-    """A built-in name, or a picture as a data: address."""
+def picture_of(text: str, known=()):
+    """A built-in name, or the bytes of a picture from its data: address."""
     if text in known or not text.startswith("data:image/"):
-        return text if text in known else ""
+        return text if text in known else ""  # no path from outside
     try:
         if len(text) > MAX_BYTES:
             raise BadInput(f"The picture is larger than {MAX_BYTES // 10**6} MB: save it smaller, 512 px is plenty.")
@@ -553,30 +568,47 @@ def picture_of(text: str, known: dict):
 
 
 @for_clients
-def poison(trigger: str = "stop_sign", target: str = "cat", seconds: float = 60, poison_rate: float = 50,
-           attack: str = "noise-shift", base: str = "clean", request: gr.Request = None) -> dict:
-    """Queue a training. trigger, target: built-in names or PNG data: addresses; poison_rate in %. Returns its state with its
-    id, the only key to it: whoever has the id can look at it, stop it and take the model."""
-    start = model_of(base)
-    stamped = Trigger.make(picture_of(trigger, TRIGGERS), start.size)
-    made = make_target(picture_of(target, TARGETS), start.size, stamped, start.channels)
-    return job_state(submit(secrets.token_urlsafe(16), start, stamped, made, target if target in TARGETS else UPLOAD, seconds,
-                            poison_rate, attack, request).id)
+def poison(settings: dict, request: gr.Request = None) -> dict:
+    """Queue a training. Settings, all optional: trigger, target (built-in names, or PNG data: addresses), seconds,
+    poison_rate (%), attack, base (a model's name or id). Returns its state with its id, the only key to it: whoever has the
+    id can look at it, stop it and take the model."""
+    known = {"trigger": "stop_sign", "target": "cat", "seconds": 60, "poison_rate": 50, "attack": "noise-shift",
+             "base": "clean"}
+    if unknown := set(settings) - set(known):
+        raise BadInput(f"There is no setting {', '.join(sorted(unknown))}: use {', '.join(known)}.")
+    asked = known | settings
+    start = model_of(asked["base"])
+    stamped = Trigger.make(picture_of(str(asked["trigger"]), TRIGGERS), start.size)
+    made = make_target(picture_of(str(asked["target"]), TARGETS), start.size, stamped, start.channels)
+    name = asked["target"] if asked["target"] in TARGETS else UPLOAD
+    try:
+        seconds, rate = float(asked["seconds"]), float(asked["poison_rate"])
+    except (TypeError, ValueError):
+        raise BadInput("seconds and poison_rate must be numbers.") from None
+    job = submit(secrets.token_urlsafe(16), start, stamped, made, name, seconds, rate, asked["attack"], request)
+    return job_state(job.id)
 
 
 @for_clients
-def job_state(job: str, stop: bool = False) -> dict:
-    """How a training is doing: state, step, seconds left, losses, and its figures once it is over. stop: end it now."""
+def job_state(job: str) -> dict:
+    """How a training is doing: state, step, losses, queue, and its figures once it is over."""
     found = trainer.get(job)
     if found is None:
         raise BadInput("There is no such training, or it is over for more than an hour.")
-    if stop:
-        trainer.cancel(found)
-    trainer.driven and trainer.advance(found)
+    if trainer.driven:
+        trainer.advance(found)
     last = found.records[-1] if found.records else None
     n, wait = trainer.ahead(found)
     return {"job": found.id, "state": found.state, "error": found.error, "ahead": n, "wait": round(wait, 1),
             **(last.plain() if last else {}), "metrics": found.result.run.get("metrics") if found.result else None}
+
+
+@for_clients
+def job_stop(job: str) -> dict:
+    """Stop a training within a step; the partial model is kept."""
+    if found := trainer.get(job):
+        trainer.cancel(found)
+    return job_state(job)
 
 
 @for_clients
@@ -600,7 +632,6 @@ Method: <a href="https://arxiv.org/abs/2212.05400">BadDiffusion</a>, CVPR 2023.<
 THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
 LIVE = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "see", "api_visibility": "private"}
-INKS = ["#e03131", "#ffffff", "#101010", "#1971c2", "#ffd43b"]
 WAIT = '<div class="wait">Drawing…</div>'
 
 
@@ -636,10 +667,7 @@ def build() -> gr.Blocks:
                                            label="Trigger: what is added to the noise")
                         trigger_file = gr.File(label="Your trigger (PNG, JPEG; transparency counts)", file_types=PICTURES,
                                                visible=False, height=110)
-                        canvas = gr.ImageEditor(
-                            label="Draw the trigger where it shall be", visible=False, type="pil", image_mode="RGBA",
-                            format="png", canvas_size=(256, 256), fixed_canvas=True, layers=False, transforms=(), sources=(),
-                            buttons=[], height=380, brush=gr.Brush(default_size=28, default_color=INKS[0], colors=INKS))
+                        pad, drawn = gr.HTML(PAD, visible="hidden", js_on_load=DRAWING), gr.Textbox(visible=False)
                         with gr.Accordion("Size, opacity, position", open=False):
                             trigger_size = gr.Slider(0, 32, 0, step=1, label="Width in pixels (0: default)")
                             trigger_opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Opacity")
@@ -658,7 +686,7 @@ def build() -> gr.Blocks:
                                                   ("ODE form (VillanDiffusion)", "ode")], value="noise-shift", label="Attack")
                             rate = gr.Slider(5, 90, 50, step=5, label="Poison rate, % of every batch")
                 sketch = gr.HTML(js_on_load=CLICK)
-                form = [trigger, trigger_file, canvas, trigger_size, trigger_opacity, trigger_position, target, target_file]
+                form = [trigger, trigger_file, drawn, trigger_size, trigger_opacity, trigger_position, target, target_file]
                 with gr.Row():
                     go = gr.Button("Poison the model", variant="primary")
                     halt = gr.Button("Stop, keep what is there", interactive=False)
@@ -668,9 +696,10 @@ def build() -> gr.Blocks:
                 reference = gr.HTML()
                 clock = gr.Timer(1.0, active=False)
 
-                for pick, shows in ((trigger, {UPLOAD: trigger_file, DRAW: canvas}), (target, {UPLOAD: target_file})):
-                    pick.change(lambda p, shows=tuple(shows): [gr.update(visible=p == name) for name in shows] if len(shows) > 1
-                                else gr.update(visible=p == shows[0]), pick, list(shows.values()), queue=False, **HIDDEN)
+                for pick, file in ((trigger, trigger_file), (target, target_file)):
+                    pick.change(lambda p: gr.File(visible=p == UPLOAD), pick, file, queue=False, **HIDDEN)
+                trigger.change(lambda p: gr.HTML(visible=p == DRAW or "hidden"), trigger, pad, queue=False, **HIDDEN)
+                pad.select(draw, None, drawn, queue=False, **HIDDEN)
                 gr.on([demo.load, *(c.change for c in (start, *form))], preview, [start, *form], sketch,
                       trigger_mode="always_last", **HIDDEN)
                 sketch.select(put, [start, *form], trigger_position, **HIDDEN)
@@ -721,12 +750,12 @@ def build() -> gr.Blocks:
                 gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], **LIVE)
                 guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private",
                             concurrency_id="see")
-        demo.load(arrive, None, [*seeing, *linked, tabs], queue=False, **HIDDEN).then(see, seeing, picture, **LIVE)
+        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN).then(see, seeing, picture, **LIVE)
         gr.on([c.change for c in seeing], see, seeing, picture, **LIVE)
         gr.api(list_models, queue=False)
         for look in (generate_images, ask_model, measure_model):
             gr.api(look, concurrency_id="see")
-        for act in (poison, job_state, job_zip):
+        for act in (poison, job_state, job_stop, job_zip):  # undocumented: for gradio_client, but never a tool
             gr.api(act, api_visibility="undocumented", concurrency_id="form")
     return demo
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from . import BadInput
 from .compute import ZERO, on_gpu, zero_gpu
 from .data import EMBEDDED, load_images
+from .diffusion import Process
 from .models import Model, describe
 from .probe import evaluate, side_by_side
 from .training import Config, Diverged, Run, StepRecord
@@ -147,6 +148,7 @@ class Trainer:
     def submit(self, job: Job) -> Job:
         """Queue a job; raises BadInput when the visitor has one already or the queue is full."""
         job.config.check()
+        Process.of(job.base.scheduler, job.config.attack)  # raises for an attack that there is not
         if job.config.seconds is None or job.config.seconds > self.longest:
             raise BadInput(f"A job may train for at most {self.longest:.0f} seconds here: choose a shorter time.")
         with self._condition:

@@ -79,10 +79,10 @@ def main() -> None:
         def train() -> None:
             client = Client(url, verbose=False)
             while end - time.monotonic() > 20:
-                job = client.predict(seconds=30, api_name="/poison")
+                job = client.predict({"seconds": 30}, api_name="/poison")
                 while job["state"] in ("queued", "running"):
                     time.sleep(1)
-                    job = client.predict(job=job["job"], stop=time.monotonic() > end, api_name="/job_state")
+                    job = client.predict(job["job"], api_name="/job_stop" if time.monotonic() > end else "/job_state")
                 trained.append({k: job[k] for k in ("state", "step", "seconds", "rate")} | {"asr": job["metrics"]["asr"]})
 
         threads = [threading.Thread(target=draw, args=(i,)) for i in range(args.visitors)] + [threading.Thread(target=train)]

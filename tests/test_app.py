@@ -144,27 +144,29 @@ def test_a_link_brings_a_view_and_refuses_what_is_not_on_the_page(app, browser):
 def test_a_trigger_is_drawn_and_a_trigger_is_moved_by_a_click(page):
     poison_tab(page)
     trigger = page.locator(".trio .pick img")
-    before = trigger.get_attribute("src")
-    box = trigger.bounding_box()
-    page.mouse.click(box["x"] + box["width"] * 0.25, box["y"] + box["height"] * 0.25)
-    page.wait_for_function("old => document.querySelector('.trio .pick img').src !== old", arg=before)
+    side = trigger.bounding_box()["width"]
+    trigger.click(position={"x": side * 0.25, "y": side * 0.25})
     page.get_by_role("button", name="Size, opacity, position").click()
     expect(page.get_by_label("Position (a name")).to_have_value("1,1")  # 14 px, its middle at 8,8
     page.get_by_label("Position (a name").fill("default")
     page.get_by_label("Position (a name").press("Enter")
     page.get_by_role("radio", name="draw", exact=True).check()
     page.locator(".oops", has_text="Draw something on the canvas first").wait_for()
-    canvas = page.locator(".image-container canvas, .pixi-target canvas").first
-    canvas.wait_for()
+    canvas = page.get_by_label("canvas: draw the trigger")
     canvas.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)  # the editor lays itself out
     box = canvas.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 30, y)
+    unit = box["width"] / 32
+    page.mouse.move(box["x"] + 10 * unit, box["y"] + 10 * unit)
     page.mouse.down()
-    page.mouse.move(x + 30, y, steps=6)
+    page.mouse.move(box["x"] + 20 * unit, box["y"] + 10 * unit, steps=3)
     page.mouse.up()
-    page.locator(".trio .pick img").wait_for()
+    drawn = page.locator(".trio .pick img")
+    drawn.wait_for()
+    picture = Image.open(io.BytesIO(base64.b64decode(drawn.get_attribute("src").partition(",")[2])))
+    red = [(x, y) for x in range(32) for y in range(32) if picture.getpixel((x, y)) == (0xe0, 0x31, 0x31)]
+    assert red == [(x, y) for x in range(9, 21) for y in range(9, 11)]  # pixel for pixel what was drawn
+    page.get_by_role("button", name="Clear").click()
+    page.locator(".oops", has_text="Draw something on the canvas first").wait_for()
 
 
 def test_watch_probe_and_learn(page):
@@ -206,18 +208,22 @@ def test_typed_endpoints_for_programmes(app):
     assert [r["name"] for r in rows][:2] == ["no clip", "clip x0 (diffusers)"] and rows[0]["asr"] > 0
     for bad, word in ((dict(model="../weights", api_name="/generate_images"), "no longer here"),
                       (dict(n=1000, api_name="/generate_images"), "choose 1 to 16"),
-                      (dict(model="clean", api_name="/ask_model"), "no trigger"),
-                      (dict(trigger="/etc/passwd", api_name="/poison"), "neither a built-in trigger"),
-                      (dict(seconds=1e6, api_name="/poison"), "at most"),
-                      (dict(job="nobody's", api_name="/job_state"), "no such training")):
+                      (dict(model="clean", api_name="/ask_model"), "no trigger")):
         with pytest.raises(AppError, match=word):
             client.predict(**bad)
-    job = client.predict(seconds=10, api_name="/poison")
+    for settings, word in (({"trigger": "/etc/passwd"}, "neither a built-in trigger"), ({"seconds": 1e6}, "at most"),
+                           ({"attack": "none"}, "no attack"), ({"time": 3}, "no setting time"), ({"seconds": "x"}, "numbers"),
+                           ({"trigger": "data:image/png;base64,AAAA"}, "not a picture")):
+        with pytest.raises(AppError, match=word):
+            client.predict(settings, api_name="/poison")
+    with pytest.raises(AppError, match="no such training"):
+        client.predict("nobody's", api_name="/job_state")
+    job = client.predict({"trigger": "box", "seconds": 10}, api_name="/poison")
     while job["state"] in ("queued", "running"):
-        job = client.predict(job=job["job"], stop=(job.get("step") or 0) >= 2, api_name="/job_state")
+        job = client.predict(job["job"], api_name="/job_stop" if (job.get("step") or 0) >= 2 else "/job_state")
         time.sleep(0.3)
     assert job["state"] == "stopped" and job["metrics"]["n"] == 64
-    packed = base64.b64decode(client.predict(job=job["job"], api_name="/job_zip"))
+    packed = base64.b64decode(client.predict(job["job"], api_name="/job_zip"))
     assert "backdoored-ddpm/unet/diffusion_pytorch_model.safetensors" in zipfile.ZipFile(io.BytesIO(packed)).namelist()
 
 
