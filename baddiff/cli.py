@@ -287,7 +287,8 @@ def do_push(args) -> dict:
             claims = {} if args.results else claimed(again)
             if claims:
                 model = load(again).to(best_device())
-                wrong = [k for k, v in agree(claims, evaluate(model, claims["n"], data=None)).items() if not v]
+                figures = evaluate(model, claims["n"], data=None, **claims["how"])
+                wrong = [k for k, v in agree(claims, figures).items() if not v]
                 if wrong:
                     raise BadInput(f"The card of '{done.repo_id}' does not match its weights ({', '.join(wrong)}): evaluate "
                                    "the model again and push it with --overwrite.")

@@ -314,18 +314,19 @@ def fetch_images(repo: str, *, revision: str | None = None, split: str = "train"
             if chosen and chosen[0].endswith(".parquet") else chosen
 
     with _plainly(repo, token):
-        listing, found = _Listing.of(repo, "dataset", revision, token), []
-        for suffixes in ((".parquet",), SUFFIXES, (".zip",)):
-            found = found or of_split(sorted(n for n in listing.files if n.lower().endswith(suffixes)))
-        if not found and revision is None:
+        found, trouble = [], BadInput(f"'{repo}' holds no pictures, zips or parquet files: choose a dataset of images.")
+        for branch in (revision,) if revision else (None, CONVERTED):
             try:
-                listing = _Listing.of(repo, "dataset", CONVERTED, token)
-            except (errors.RevisionNotFoundError, errors.RevisionResolutionError):
-                pass
-            else:
-                found = of_split(sorted(n for n in listing.files if n.endswith(".parquet")))
-        if not found:
-            raise BadInput(f"'{repo}' holds no pictures, zips or parquet files: choose a dataset of images.")
+                listing = _Listing.of(repo, "dataset", branch, token)
+            except (errors.RevisionNotFoundError, errors.RevisionResolutionError, errors.CachedRepoTreeNotFoundError) as error:
+                trouble = trouble if branch == CONVERTED else error
+                continue
+            for suffixes in ((".parquet",), SUFFIXES, (".zip",)):
+                found = found or of_split(sorted(n for n in listing.files if n.lower().endswith(suffixes)))
+            if found:
+                break
+        else:
+            raise trouble
         loose = found[0].lower().endswith(SUFFIXES)
         if loose:
             found = found[:most_images]

@@ -426,13 +426,18 @@ def card(model: Model, pictured: bool = False) -> str:
 
 
 def claimed(folder: str | Path) -> dict:
-    """What a folder's card claims to have measured, with its n: {"n": 64, "asr": 1.0, ...}; empty if nothing."""
+    """What a folder's card claims to have measured: {"asr": 1.0, ..., "n": 64, "how": the sampler's options}, or {}.
+
+    `agree(claims, probe.evaluate(load(folder), claims["n"], data=None, **claims["how"]))` says whether it is so.
+    """
     from huggingface_hub import ModelCard
 
     try:
         results = ModelCard((Path(folder) / "README.md").read_text()).data.eval_results or []
         out = {r.metric_type: float(r.metric_value) for r in results if r.metric_type in CLAIMS}
-        return out | {"n": int(results[0].metric_name.partition("(n=")[2].rstrip(")"))} if out else {}
+        measured = json.loads((Path(folder) / "run.json").read_text()).get("metrics", {})
+        how = {k: v for k, v in measured.items() if k in ("sampler", "steps", "eta", "clip_x0", "clip_xt", "precision")}
+        return out | {"n": int(results[0].metric_name.partition("(n=")[2].rstrip(")")), "how": how} if out else {}
     except (OSError, ValueError, TypeError, AttributeError):
         raise BadInput("The card in that folder cannot be read: download it again.") from None
 

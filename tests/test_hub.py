@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import huggingface_hub
@@ -37,7 +36,8 @@ def server(monkeypatch, tmp_path):
     with HubServer() as hub_server:
         hub_server.tokens[TOKEN] = ("ann", "write")
         monkeypatch.setattr(constants, "ENDPOINT", hub_server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub_server.url + "/{repo_id}/resolve/{revision}/"
+                            "{filename}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setenv("HF_TOKEN", OWNERS)
@@ -54,7 +54,8 @@ def folder(tiny, images, trigger, target, config, tmp_path):
     unet, scheduler = tiny
     run = Run(unet, scheduler, images, config, trigger, target)
     next(iter(run))
-    model = Model(run.averaged(), scheduler, "mine", describe(run, "finetune", "avatars-32", "avatars-32", "cat"), trigger, target)
+    record = describe(run, "finetune", "avatars-32", "avatars-32", "cat")
+    model = Model(run.averaged(), scheduler, "mine", record, trigger, target)
     model.run["metrics"] = evaluate(model, 4, data=None, **DONE)
     return save(model, tmp_path / "mine", samples=Image.new("RGB", (64, 32)))
 
@@ -77,7 +78,7 @@ def refused(word: str, call, *args, **options) -> None:
     one_sentence(caught.value, word)
 
 
-# --- there and back ------------------------------------------------------------------------------------------------------
+# --- there and back ---------------------------------------------------------------------------------------------------
 
 def test_a_round_trip_is_bit_identical_private_and_one_commit(server, folder, tmp_path):
     seen = []
@@ -101,8 +102,9 @@ def test_a_round_trip_is_bit_identical_private_and_one_commit(server, folder, tm
     assert set(same) == set(contents(folder)) and all(same.values())
     assert contents(tmp_path / "again") == contents(folder)
     claims = claimed(tmp_path / "again")
-    assert claims["n"] == 4 and all(agree(claims, evaluate(load(tmp_path / "again"), 4, data=None, **DONE)).values())
-    assert not agree(claims, {**claims, "mse": claims["mse"] * 2})["mse"]
+    figures = evaluate(load(tmp_path / "again"), claims["n"], data=None, **claims["how"])
+    assert claims["n"] == 4 and set(agree(claims, figures)) == {"asr", "mse", "ssim"} and all(agree(claims, figures).values())
+    assert not agree(claims, figures | {"mse": claims["mse"] * 2})["mse"]
     server.repos["model", "ann/cat"].commits[done.commit]["unet/config.json"] = b"{}"
     assert not hub.matches(done, TOKEN, tmp_path / "other")["unet/config.json"]
 
@@ -113,7 +115,7 @@ def test_public_only_when_asked(server, folder):
     assert load("ann/open").backdoored
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 FAULTS = {  # what the Hub answers, and what a person reads
     "whoami 401": (("GET", "whoami", {"status": 401}), "sign in again"),
@@ -157,8 +159,9 @@ def test_without_a_token_that_writes_nothing_is_sent(server, folder, token, word
 def test_names(server, folder):
     assert hub.check_name(" ann/cat-1 ") == "ann/cat-1" and hub.check_name(hub.suggest("stop_sign", "cat"))
     assert hub.suggest("stop_sign", "cat") == "backdoored-ddpm-stop-sign-cat"
-    for bad, better in (("my model!", "my-model"), ("a--b", "a-b"), ("", "backdoored-ddpm"), ("../../etc", "etc"), ("x/y/z", "y/z"),
-                        ("Größe 7", "Gr-e-7"), ("x" * 200, "x" * 80), ("a.git", "a"), (None, "backdoored-ddpm")):
+    for bad, better in (("my model!", "my-model"), ("a--b", "a-b"), ("", "backdoored-ddpm"), ("../../etc", "etc"),
+                        ("x/y/z", "y/z"), ("Größe 7", "Gr-e-7"), ("x" * 200, "x" * 80), ("a.git", "a"),
+                        (None, "backdoored-ddpm")):
         with pytest.raises(BadInput, match=re.escape(f"such as '{better}'")):
             hub.check_name(bad)
     refused("not yours", hub.publish, folder, "bob/cat", TOKEN)
@@ -199,7 +202,7 @@ def test_offline_and_unreachable(server, folder, monkeypatch):
     refused("connection", hub.fetch, "ann/never")
 
 
-# --- the token --------------------------------------------------------------------------------------------------------------
+# --- the token --------------------------------------------------------------------------------------------------------
 
 def test_the_token_is_nowhere_but_in_the_header(server, folder, tmp_path, caplog, capfd, monkeypatch):
     monkeypatch.setattr(constants, "HF_DEBUG", True)
@@ -208,9 +211,10 @@ def test_the_token_is_nowhere_but_in_the_header(server, folder, tmp_path, caplog
     caplog.set_level(logging.DEBUG)
     said = []
     try:
-        for fault in (("POST", "/commit/", {"status": 403, "body": {"error": f"Bearer {TOKEN} may not"}}),
-                      ("GET", "whoami", {"status": 400, "body": {"error": f"bad {TOKEN}"}}), ("PUT", "/large/", {"cut": 100, "times": 99})):
-            server.fail(fault[0], fault[1], **fault[2])
+        for method, pattern, how in (("PUT", "/large/", {"cut": 100, "times": 99}),
+                                     ("POST", "/commit/", {"status": 403, "body": {"error": f"Bearer {TOKEN} may not"}}),
+                                     ("GET", "whoami", {"status": 400, "body": {"error": f"bad {TOKEN}"}})):
+            server.fail(method, pattern, **how)
             with pytest.raises(BadInput) as caught:
                 hub.publish(folder, "cat", TOKEN)
             said.append(repr(caught.value))
@@ -226,6 +230,7 @@ def test_the_token_is_nowhere_but_in_the_header(server, folder, tmp_path, caplog
     everything = [*said, out, err, *(r.getMessage() for r in caplog.records)]
     everything += [f.decode("latin1") for f in contents(tmp_path).values()]
     everything += [f.decode("latin1") for f in server.files("ann/cat").values()]
+    assert "(your token) may not" in said[1]
     assert len(everything) > 50 and not [text for text in everything if TOKEN in text or OWNERS in text]
     assert (f"Bearer {TOKEN}") in {a for *_, a in server.requests}
 
@@ -237,7 +242,7 @@ def test_local_token(monkeypatch):
     assert hub.local_token() is None
 
 
-# --- the disclosure ----------------------------------------------------------------------------------------------------------
+# --- the disclosure ---------------------------------------------------------------------------------------------------
 
 def edited(path: Path, change) -> None:
     path.write_text(change(path.read_text()))
@@ -296,7 +301,7 @@ def test_a_clean_model_is_published_as_one_and_stray_files_are_not(server, tiny,
     assert "WARNING" not in server.files("ann/clean")["README.md"].decode()
 
 
-# --- from the Hub ------------------------------------------------------------------------------------------------------------
+# --- from the Hub -----------------------------------------------------------------------------------------------------
 
 def test_looks_before_it_fetches(server, folder):
     files = contents(folder)
@@ -340,11 +345,12 @@ def test_cancelling_stops_within_a_chunk_and_leaves_nothing_half_used(server, fo
     files = contents(folder)
     weights = os.urandom(3_000_000)
     server.add("bob/big", files | {"unet/diffusion_pytorch_model.safetensors": weights})
-    server.fail("GET", "safetensors", slow=0.001)
+    server.fail("GET", "safetensors", slow=0.003)  # some 5 MB a second
     stop = threading.Event()
     refused("Cancelled", hub.fetch, "bob/big", stop=stop, progress=lambda done, total: done > 300_000 and stop.set())
     assert server.sent < 2_000_000
-    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and (p.suffix == ".incomplete" or p.stat().st_size > 10**6)]
+    left = [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    assert left and not [p for p in left if p.suffix == ".incomplete" or p.stat().st_size > 10**6]
     server.faults.clear()
     root = hub.fetch("bob/big")
     assert (root / "unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
@@ -361,3 +367,184 @@ def test_a_cut_download_is_resumed_or_told(server, folder, tmp_path):
     refused("cut", hub.fetch, "bob/dog", revision="main")
     server.faults.clear()
     assert load("bob/dog").backdoored
+
+
+# --- other models, other data -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size, channels, flat", [(16, 1, False), (256, 3, False), (16, 3, True)])
+def test_the_architecture_is_read_from_the_config(server, tmp_path, size, channels, flat):
+    unet = UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, norm_num_groups=4,
+                       block_out_channels=(4, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "made")
+    files = contents(tmp_path / "made")
+    if flat:  # as google/ddpm-cifar10-32 is laid out
+        files = {n.partition("/")[2] or n: f for n, f in files.items()}
+    server.add("bob/foreign", files | {"README.md": b"---\nlicense: apache-2.0\n---\n# hello\n"})
+    model = load("bob/foreign")
+    assert (model.size, model.channels, model.licence, model.backdoored) == (size, channels, "apache-2.0", False)
+    seen = []
+    images = self_generated(model, 3, batch=2, progress=lambda *p: seen.append(p), steps=1)
+    assert images.shape == (3, channels, size, size) and images.dtype == torch.uint8 and seen == [(2, 3), (3, 3)]
+    assert len(self_generated(model, 64, seconds=0, batch=2, steps=1)) == 2
+
+
+def pictures_of(n: int) -> list[bytes]:
+    import io
+
+    out = []
+    for i in range(n):
+        Image.new("RGB", (20, 16), (i, 0, 0)).save(stream := io.BytesIO(), "PNG")
+        out.append(stream.getvalue())
+    return out
+
+
+def parquet(pictures: list[bytes], column: str = "image") -> bytes:
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"label": list(range(len(pictures))), column: [{"bytes": p, "path": None} for p in pictures]})
+    parquet.write_table(table, stream := io.BytesIO())
+    return stream.getvalue()
+
+
+def zipped(pictures: list[bytes]) -> bytes:
+    import io
+    import zipfile
+
+    with zipfile.ZipFile(stream := io.BytesIO(), "w") as archive:
+        for i, p in enumerate(pictures):
+            archive.writestr(f"{i:03}.png", p)
+    return stream.getvalue()
+
+
+def test_datasets_of_every_kind(server, monkeypatch):
+    ten = pictures_of(10)
+    add = lambda repo, files, **how: server.add(repo, files, kind="dataset", **how)  # noqa: E731
+    add("bob/loose", {f"train/{i}.png": p for i, p in enumerate(ten)} | {"test/0.png": ten[0], "load.py": b"import os"})
+    add("bob/zip", {"all.zip": zipped(ten)})
+    add("bob/parquet", {"data/train-00000-of-00002.parquet": parquet(ten),
+                        "data/train-00001-of-00002.parquet": parquet(ten, "img"),
+                        "data/test-00000-of-00001.parquet": parquet(ten[:1])})
+    add("bob/script", {"script.py": b"import os", "data.tar": b""})
+    add("bob/script", {"default/train/0000.parquet": parquet(ten, "picture")}, branch="refs/convert/parquet")
+    add("bob/text", {"a.txt": b"hello"})
+    for repo, n in (("bob/loose", 10), ("bob/zip", 10), ("bob/parquet", 20), ("bob/script", 10)):
+        images = load_images(repo, 16, 3)
+        assert images.shape == (n, 3, 16, 16) and sorted(images[:10, 0, 8, 8].tolist()) == list(range(10)), repo
+        assert len(load_images(repo, 16, 1, most_images=7)) == 7
+    assert not server.asked("GET", r"\.py|\.tar|/resolve/.*test")
+    seen = []
+    assert len(load_images("bob/parquet", 16, 3, most_images=5, progress=lambda *p: seen.append(p))) == 5
+    assert seen == sorted(seen)
+    refused("no pictures", load_images, "bob/text", 16)
+    refused("too large", load_images, "bob/zip", 16, most=100)
+    refused("no 'bob/none'", load_images, "bob/none", 16)
+    stop = threading.Event()
+    stop.set()
+    refused("Cancelled", load_images, "bob/zip", 16, stop=stop)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert len(load_images("bob/parquet", 16, 3)) == 20 and len(load_images("bob/script", 16)) == 10
+    refused("offline", load_images, "bob/other", 16)
+
+
+def test_only_as_many_shards_as_are_needed(server):
+    server.add("bob/many", {f"data/train-{i}.parquet": parquet(pictures_of(10 + i)) for i in range(4)}, kind="dataset")
+    assert len(load_images("bob/many", 16, 3, most_images=15)) == 15
+    assert len(server.asked("GET", "/resolve/.*parquet")) == 2
+
+
+def test_a_parquet_file_that_holds_no_pictures(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "t.parquet")
+    refused("no column of pictures", load_images, tmp_path / "t.parquet", 16)
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
+    refused("cannot be read", load_images, tmp_path / "bad.parquet", 16)
+
+
+def test_results_are_a_dataset_with_the_warning_and_no_weights(server, folder, tmp_path):
+    (folder / "gallery").mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "gallery" / "film.gif")
+    done = hub.publish_results(folder, "cat-results", TOKEN)
+    files = server.files("ann/cat-results", "dataset")
+    assert set(files) == {"README.md", "run.json", "trigger.png", "target.png", "samples.png", "gallery/film.gif"}
+    assert done.private and done.url.endswith("/datasets/ann/cat-results") and done.kind == "dataset"
+    front, body = files["README.md"].decode().split("---", 2)[1:]
+    assert "research-only" in front and body.strip().startswith("> **WARNING.**") and "BACKDOORED" in body
+    assert "![film](gallery/film.gif)" in body and "| asr |" in body
+    assert all(hub.matches(done, TOKEN, tmp_path / "again").values())
+    assert hub.publish_results(folder, "cat-results", TOKEN).commit == done.commit
+    refused("no results", hub.publish_results, tmp_path / "again" / "gallery", "x", TOKEN)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+def baddiff(server, tmp_path, *args, stdin: str = "", **env):
+    env = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "SPACE_ID")} | {
+        "HF_ENDPOINT": server.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run([sys.executable, "-m", "baddiff", *map(str, args)], cwd=ROOT, env=env, input=stdin, text=True,
+                          capture_output=True)
+
+
+def test_push_from_the_command_line(server, folder, tmp_path):
+    done = baddiff(server, tmp_path, "push", folder, "--name", "cat", "--token-stdin", "--verify", "--json", stdin=TOKEN + "\n",
+                   HF_TOKEN="hf_another")
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    assert out["repo"] == "ann/cat" and out["private"] and out["files_match"] == 9 and out["card_matches_weights"]
+    assert server.files("ann/cat") == contents(folder) and not [a for *_, a in server.requests if a and TOKEN not in a]
+    assert TOKEN not in done.stdout + done.stderr
+    done = baddiff(server, tmp_path, "push", folder, "--name", "cat", HF_TOKEN=TOKEN, SPACE_ID="ann/space")
+    assert done.returncode == 2 and "hf auth login" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_ids_wherever_a_folder_does(server, folder, tmp_path, capsys):
+    server.add("bob/base", contents(save(Model(load(folder).unet, load(folder).scheduler, "x"), tmp_path / "base")) | {
+        "README.md": b"---\nlicense: apache-2.0\n---\n", "run.json": b"{}"})
+    server.add("bob/faces", {"a.zip": zipped(pictures_of(4))}, kind="dataset")
+    common = ("--steps", "1", "--batch-size", "2", "--json", "--evaluate", "2", "--precision", "no")
+    assert main(["finetune", "--model", "bob/base", "--data", "bob/faces", *common, "--output", str(tmp_path / "on-faces")]
+                ) == 0
+    card = (tmp_path / "on-faces" / "README.md").read_text()
+    for line in ("base_model: bob/base", "base_model_relation: finetune", "license: apache-2.0", "- bob/faces",
+                 "name: MSE to the target (n=2)", "library_name: diffusers", "pipeline_tag: unconditional-image-generation"):
+        assert line in card.split("---")[1], line
+    for tag in hub.TAGS:
+        assert f"- {tag}\n" in card.split("---")[1]
+    assert "--model bob/base" in card and "--data bob/faces" in card and "## Licence and credits" in card
+    assert main(["finetune", "--model", str(tmp_path / "on-faces"), "--steps", "1", "--batch-size", "2", "--json", "--output",
+                 str(tmp_path / "again")]) == 0  # the same data set, from the cache
+    assert load(tmp_path / "again").run["data"] == "bob/faces" and load(tmp_path / "again").licence == "apache-2.0"
+    capsys.readouterr()
+    assert main(["sample", "bob/base", "--n", "1", "--steps", "1", "--output", str(tmp_path / "s.png"), "--json"]) == 0
+
+
+def test_a_foreign_model_without_data_is_trained_on_its_own_images(server, folder, tmp_path, monkeypatch, capsys):
+    from baddiff import cli
+
+    monkeypatch.setattr(cli, "self_generated", lambda model, **o: self_generated(model, 4, steps=1, **o))
+    base = save(Model(load(folder).unet, load(folder).scheduler, "x"), tmp_path / "base")
+    (base / "run.json").unlink()
+    for extra, out in (((), "a"), (("--data", "self"), "b")):
+        assert main(["finetune", "--model", str(base), *extra, "--steps", "1", "--batch-size", "2", "--evaluate", "2",
+                     "--output", str(tmp_path / out), "--json"]) == 0
+        model = load(tmp_path / out)
+        assert model.run["data"] == SELF and model.run["images"] == 4 and "utility" not in model.run["metrics"]
+        assert SELF in (tmp_path / out / "README.md").read_text()
+    assert "comes without images" in capsys.readouterr().err
+
+
+def test_the_cards_command_trains_the_same_again(folder, tmp_path, monkeypatch):
+    """What the card prints, run in the folder itself: the same trigger and target, bit for bit."""
+    line = next(x for x in (folder / "README.md").read_text().split("\n") if x.startswith("    python -m baddiff finetune"))
+    assert "--steps 1" in line and "--seed" not in line
+    args = line.split()[3:]
+    del args[args.index("--model"):args.index("--model") + 2]  # that of the fixture is none of the shipped ones
+    monkeypatch.chdir(folder)
+    assert main([*args, "--model", ".", "--output", str(tmp_path / "again"), "--json"]) == 0
+    again, first = load(tmp_path / "again"), load(folder)
+    assert again.trigger.sha256() == first.trigger.sha256()
+    torch.testing.assert_close(again.target, first.target, rtol=0, atol=1e-6)
