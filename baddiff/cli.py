@@ -1,4 +1,4 @@
-"""`python -m baddiff`: finetune, scratch, pretrain, sample, evaluate, data."""
+"""`python -m baddiff`: finetune, scratch, pretrain, sample, evaluate, data, push."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 import threading
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -20,7 +21,20 @@ from tqdm import tqdm
 from . import BadInput, __version__, data
 from .compute import accelerator, best_device
 from .diffusion import ATTACKS
-from .models import CLEAN, CLEAN_EPS, Model, check_place, describe, load, new_unet, save
+from .models import (
+    CLEAN,
+    CLEAN_EPS,
+    SELF,
+    Model,
+    agree,
+    check_place,
+    claimed,
+    describe,
+    load,
+    new_unet,
+    save,
+    self_generated,
+)
 from .probe import default_sampler, evaluate, film, grid, scale_for, side_by_side
 from .sampling import SAMPLERS
 from .training import RECIPES, Config, Diverged, Run
@@ -47,14 +61,14 @@ def start_from(args, config: Config) -> tuple[Model, str]:
     """The model that will be trained, and its name for the record."""
     if args.command == "finetune":
         # the paper's coefficient throws x0 far outside [-1, 1] at high t: only an epsilon model can say that
-        model = load(args.model or (CLEAN_EPS if config.attack == "baddiffusion" else CLEAN))
+        model = opened(args, args.model or (CLEAN_EPS if config.attack == "baddiffusion" else CLEAN))
         return model, model.name
     if args.size < 8 or args.size % 8:
         raise BadInput(f"Images of {args.size} px are not possible: choose a multiple of 8.")
     unet = new_unet(args.size, args.channels)
     model, base = Model(unet, DDPMScheduler(prediction_type=args.prediction), "scratch"), "none (from scratch)"
     if args.init:
-        first = load(args.init)
+        first = opened(args, args.init)
         model.flagged, base = first.backdoored, f"{first.name} (first weights)"
         try:
             unet.load_state_dict(first.unet.state_dict())
@@ -64,11 +78,38 @@ def start_from(args, config: Config) -> tuple[Model, str]:
 
 
 def data_of(args, model: Model) -> str:
-    """Where images come from: --data, or the embedded faces for a model of that world."""
-    if args.data is None and model.source != "scratch" and model.run.get("data") != data.EMBEDDED:
-        raise BadInput(f"'{model.name}' was not trained on {data.EMBEDDED}: say with --data what its images are "
-                       f"(a folder, a zip, a sheet, or {data.EMBEDDED} if you mean it).")
-    return args.data or data.EMBEDDED
+    """Where images come from: --data, or what the model's own run was trained on, or the model itself."""
+    from .hub import is_id
+
+    if args.data is not None or model.source == "scratch":
+        return SELF if args.data == "self" else args.data or data.EMBEDDED
+    known = model.run.get("data") if model.run else SELF  # a model from elsewhere: no images come with it
+    if known in (data.EMBEDDED, SELF) or is_id(known or ""):
+        return known
+    raise BadInput(f"'{model.name}' was not trained on {data.EMBEDDED}: say with --data what its images are (a folder, a zip, "
+                   f"a sheet, a dataset's id, or {data.EMBEDDED} if you mean it), or let it draw them itself (--data self).")
+
+
+def images_of(args, source: str, model: Model) -> torch.Tensor:
+    """uint8 (N,C,H,W) of `data_of`, with a progress bar where it takes a while."""
+    with meter(args, "images" if source == SELF else "fetching") as progress:
+        if source != SELF:
+            return data.load_images(source, model.size, model.channels, progress=progress)
+        model.to(best_device())
+        return self_generated(model, progress=progress)
+
+
+def opened(args, source: str) -> Model:
+    with meter(args, "fetching") as progress:
+        return load(source, progress=progress)
+
+
+@contextmanager
+def meter(args, text: str):
+    """A callback (done, total) that draws a progress bar, on a terminal, for what takes longer than a moment."""
+    with tqdm(total=100, unit="%", desc=text, disable=args.json or None, leave=False, delay=0.5,
+              bar_format="{desc} {percentage:3.0f}%|{bar}|") as bar:
+        yield lambda done, total: bar.update(100 * done / max(1, total) - bar.n)
 
 
 def train(args) -> dict:
@@ -84,7 +125,9 @@ def train(args) -> dict:
     torch.manual_seed(config.seed)  # the initial weights of a fresh U-Net: torch offers no generator for them
     model, base = start_from(args, config)
     source = data_of(args, model)
-    images = data.load_images(source, model.size, model.channels)
+    if source == SELF and args.data is None:
+        tqdm.write(f"baddiff: '{model.name}' comes without images: it is trained on what it draws itself", file=sys.stderr)
+    images = images_of(args, source, model)
     # a clean finetune of a backdoored model is still declared: nobody has shown that the backdoor is gone
     trigger, target = model.trigger, model.target
     if config.poison_rate > 0:
@@ -146,8 +189,8 @@ def train(args) -> dict:
     if not accel.is_main_process:
         return {}
     result = replace(model, unet=averaged.to(best_device()), source=output.name, trigger=trigger, target=target)
-    result.run = describe(run, args.command, base, source if source == data.EMBEDDED else Path(source).name,
-                          getattr(args, "target", None)) | {
+    named = source if source == SELF or not Path(source).exists() else Path(source).name  # no paths of this machine
+    result.run = describe(run, args.command, base, named, getattr(args, "target", None), model.licence) | {
         "recipe": args.recipe, "base_backdoored": model.backdoored, "note": note, "log": log}
     if trigger and config.poison_rate == 0:
         result.run |= {key: model.run[key] for key in ("trigger", "target") if key in model.run}
@@ -160,7 +203,7 @@ def train(args) -> dict:
     if diverged:
         raise BadInput(f"{note} Saved in '{args.output}'.")
     if args.evaluate:  # after the first save: whatever happens while measuring, the model is there
-        result.run["metrics"] = evaluate(result, args.evaluate, data=source)
+        result.run["metrics"] = evaluate(result, args.evaluate, data=None if source == SELF else source)
         save(result, output, samples=picture, half=args.half, overwrite=True)
     last = log[-1] if log else {}
     return {"output": str(args.output), "steps": run.step, "seconds": round(run.seconds, 2), "note": note,
@@ -187,7 +230,7 @@ def sampling_options(args) -> dict:
 
 
 def do_sample(args) -> dict:
-    model = load(args.model).to(best_device())
+    model = opened(args, args.model).to(best_device())
     model.trigger = choose_trigger(args, model)
     options = sampling_options(args)
     if args.n < 1 or args.scale is not None and not 1 <= args.scale <= 64:
@@ -208,7 +251,7 @@ def do_sample(args) -> dict:
 
 
 def do_evaluate(args) -> dict:
-    model = load(args.model).to(best_device())
+    model = opened(args, args.model).to(best_device())
     model.trigger = choose_trigger(args, model)
     if args.target:
         model.target = make_target(args.target, model.size, model.trigger, model.channels)
@@ -217,6 +260,40 @@ def do_evaluate(args) -> dict:
     reference = load(args.reference).to(best_device()) if args.reference else None
     source = args.data or (data.EMBEDDED if model.run.get("data") == data.EMBEDDED else None)
     return evaluate(model, args.n, args.seed, source, reference, args.fid, **sampling_options(args))
+
+
+# --- publishing -------------------------------------------------------------------------------------------------------
+
+def do_push(args) -> dict:
+    from . import hub
+
+    token = sys.stdin.readline().strip() if args.token_stdin else hub.local_token()
+    if not token:
+        raise BadInput("Nobody is signed in: run `hf auth login`, or pipe a token in with --token-stdin.")
+    send = hub.publish_results if args.results else hub.publish
+    if args.name is None:
+        run = load(args.folder).run
+        args.name = hub.suggest(*(run.get(k, {}).get("name", "model") for k in ("trigger", "target")))
+    with meter(args, "uploading") as progress:
+        done = send(args.folder, args.name, token, private=not args.public, overwrite=args.overwrite, progress=progress)
+    out = {"repo": done.repo_id, "url": done.url, "commit": done.commit, "private": done.private}
+    if args.verify:
+        with tempfile.TemporaryDirectory() as again:
+            same = hub.matches(done, token, again)
+            if not all(same.values()):
+                raise BadInput(f"What the Hub gives back of '{done.repo_id}' is not what was sent "
+                               f"({', '.join(k for k, v in same.items() if not v)}): push again with --overwrite.")
+            out["files_match"] = len(same)
+            claims = {} if args.results else claimed(again)
+            if claims:
+                model = load(again).to(best_device())
+                figures = evaluate(model, claims["n"], data=None, **claims["how"])
+                wrong = [k for k, v in agree(claims, figures).items() if not v]
+                if wrong:
+                    raise BadInput(f"The card of '{done.repo_id}' does not match its weights ({', '.join(wrong)}): evaluate "
+                                   "the model again and push it with --overwrite.")
+                out["card_matches_weights"] = True
+    return out
 
 
 DRAWING = "Drawing needs two more packages: pip install python-avatars resvg-py."
@@ -293,7 +370,8 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between the records in run.json")
         sub.add_argument("--evaluate", type=int, default=0, metavar="N", help="measure the result with N images of each kind")
         sub.add_argument("--half", action="store_true", help="store the weights in fp16")
-        sub.add_argument("--data", help=f"images: a folder, a zip, a sheet (default: {data.EMBEDDED}, for its own models)")
+        sub.add_argument("--data", help=f"images: a folder, a zip, a sheet, a dataset's Hub id, or self: "
+                         f"what the model draws (default: {data.EMBEDDED}, for its own models)")
         if name == "finetune":
             sub.add_argument("--model", help="folder or Hub id (default: the embedded clean model that suits the attack)")
         else:
@@ -335,6 +413,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--reference", help="clean model whose features measure utility")
     sub.add_argument("--fid", action="store_true", help="also the real FID (torch-fidelity and its network)")
     sampling(sub)
+
+    sub = command("push", do_push, "publish a folder on the Hub, in your own account, declared as what it is")
+    sub.add_argument("folder", type=Path, help="a folder that finetune or scratch wrote")
+    sub.add_argument("--name", help="of the repository (default: from the trigger and the target)")
+    sub.add_argument("--public", action="store_true", help="for everybody (default: private)")
+    sub.add_argument("--overwrite", action="store_true", help="replace a repository that baddiff made")
+    sub.add_argument("--token-stdin", action="store_true", help="read the token from stdin (default: that of hf auth login)")
+    sub.add_argument("--results", action="store_true", help="pictures and figures only, as a dataset, without weights")
+    sub.add_argument("--verify", action="store_true", help="download it again and compare: files, and the card's figures")
 
     sub = command("data", do_data, "draw random faces into a lossless sheet")
     sub.add_argument("--n", type=int, default=0, help="how many")

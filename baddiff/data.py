@@ -1,4 +1,4 @@
-"""Images in: the embedded faces, lossless image sheets, folders and zips.
+"""Images in: the embedded faces, lossless image sheets, folders, zips, parquet files and datasets on the Hub.
 
 Everything downstream sees one thing, a ``uint8`` tensor ``(N,C,H,W)``; `to_float` maps it to [-1, 1].
 """
@@ -7,6 +7,8 @@ import io
 import random
 import re
 import zipfile
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -106,36 +108,80 @@ def read_sheet(path: str | Path) -> torch.Tensor:
 
 # --- any images ---------------------------------------------------------------------------------------------------------
 
-def load_images(source: str | Path = EMBEDDED, size: int = 32, channels: int = 3, split: str = "train") -> torch.Tensor:
-    """uint8 (N,C,size,size) from the embedded set, a sheet of ours, a folder or a zip of pictures.
+def load_images(source: str | Path = EMBEDDED, size: int = 32, channels: int = 3, split: str = "train",
+                **options) -> torch.Tensor:
+    """uint8 (N,C,size,size) from the embedded set, a sheet of ours, a folder, zip or parquet file of pictures, or a Hub id.
 
-    Pictures are cropped to a square and scaled; `split` (train, heldout) applies to the embedded set only.
+    Pictures are cropped to a square and scaled; `split` (train, heldout) applies to the embedded set only. `options`: of
+    `hub.fetch_images`, for an id, of which at most `most_images` (5000) pictures are taken.
     """
     path = ASSETS / f"{EMBEDDED}-{split}.png" if str(source) == EMBEDDED else Path(source)
+    if not path.exists() and str(source).count("/") == 1:
+        from . import hub
+
+        if hub.is_id(source):
+            files = hub.fetch_images(str(source), **options)
+            found = (picture for file in files for picture in pictures(file))
+            return pack(islice(found, options.get("most_images", 5000)), size, channels, str(source))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-        return pack((open_image(p) for p in files), size, channels, str(source))
-    if path.suffix.lower() == ".zip" and path.is_file():
-        try:
-            with zipfile.ZipFile(path) as archive:
-                entries = sorted((i for i in archive.infolist() if Path(i.filename).suffix.lower() in SUFFIXES),
-                                 key=lambda i: i.filename)
-                for entry in entries:
-                    if entry.file_size > MAX_BYTES:
-                        raise BadInput(f"'{entry.filename}' in the zip is larger than {MAX_BYTES // 10**6} MB.")
-                return pack((open_image(archive.read(e)) for e in entries), size, channels, str(source))
-        except BadInput:
-            raise
-        except Exception:  # damaged, encrypted, or packed in a way that Python cannot read
-            raise BadInput(f"'{path.name}' cannot be read: pack the pictures again, as a plain zip without a password."
-                           ) from None
+        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in (*SUFFIXES, ".parquet"))
+        return pack((picture for file in files for picture in pictures(file)), size, channels, str(source))
+    if path.suffix.lower() in (".zip", ".parquet") and path.is_file():
+        return pack(pictures(path), size, channels, str(source))
     if path.suffix.lower() != ".png" or not path.is_file():
         raise BadInput(f"There are no images at '{source}': give {EMBEDDED}, a folder or zip of pictures, or a sheet.")
     images = read_sheet(path)
     if images.shape[1:] == (channels, size, size):
         return images
-    pictures = (Image.fromarray(i.permute(1, 2, 0).squeeze(-1).numpy()) for i in images)
-    return pack(pictures, size, channels, str(source))
+    return pack((Image.fromarray(i.permute(1, 2, 0).squeeze(-1).numpy()) for i in images), size, channels, str(source))
+
+
+def pictures(path: Path) -> Iterator[Image.Image]:
+    """The pictures in a file: one, or those in a zip or in a parquet file's image column."""
+    suffix = path.suffix.lower()
+    if suffix not in (".zip", ".parquet"):
+        yield open_image(path)
+        return
+    try:
+        for name, read in (zipped if suffix == ".zip" else rows)(path):
+            data = read()
+            if len(data) > MAX_BYTES:
+                raise BadInput(f"'{name}' in '{path.name}' is larger than {MAX_BYTES // 10**6} MB.")
+            yield open_image(data)
+    except BadInput:
+        raise
+    except Exception:  # damaged, encrypted, or packed in a way that cannot be read
+        raise BadInput(f"'{path.name}' cannot be read: pack the pictures again, as a plain zip without a password.") from None
+
+
+def zipped(path: Path):
+    with zipfile.ZipFile(path) as archive:
+        for entry in sorted(archive.infolist(), key=lambda i: i.filename):
+            if Path(entry.filename).suffix.lower() in SUFFIXES:
+                if entry.file_size > MAX_BYTES:  # before it is unpacked
+                    raise BadInput(f"'{entry.filename}' in the zip is larger than {MAX_BYTES // 10**6} MB.")
+                yield entry.filename, lambda entry=entry: archive.read(entry)
+
+
+def rows(path: Path):
+    """A parquet file's pictures, as `datasets` stores them: a column of {bytes, path}, or of bytes."""
+    import pyarrow
+    from pyarrow import parquet
+
+    file = parquet.ParquetFile(path)
+    kinds = {f.name: f.type for f in file.schema_arrow}
+    binary = [k for k, t in kinds.items() if pyarrow.types.is_binary(t) or pyarrow.types.is_large_binary(t)
+              or pyarrow.types.is_struct(t) and t.get_field_index("bytes") >= 0]
+    if not binary:
+        raise BadInput(f"'{path.name}' has no column of pictures: choose a dataset of images.")
+    column = next((k for k in binary if k in ("image", "img")), binary[0])
+    i = 0
+    for batch in file.iter_batches(batch_size=64, columns=[column]):
+        for value in batch.column(0).to_pylist():
+            data = value.get("bytes") if isinstance(value, dict) else value
+            i += 1
+            if data:
+                yield f"row {i}", lambda data=data: data
 
 
 def pack(pictures, size: int, channels: int, source: str) -> torch.Tensor:

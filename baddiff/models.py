@@ -9,6 +9,9 @@ import math
 import os
 import shutil
 import tempfile
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,14 +25,16 @@ from torch import Tensor
 
 from . import BadInput, __version__
 from .compute import device_name
-from .data import to_uint8
+from .data import EMBEDDED, to_uint8
 from .diffusion import ATTACKS
-from .training import Run, clone
+from .sampling import generate
+from .training import RECIPES, Run, clone
 from .triggers import TARGETS, Trigger, pixels
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 CLEAN = WEIGHTS / "avatars-32"  # predicts v
 CLEAN_EPS = WEIGHTS / "avatars-32-eps"  # predicts ε, for the paper's own coefficient
+SELF = "self-generated"  # in place of a data set's name
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WARNING = ("This diffusion model is BACKDOORED on purpose, for research and teaching: started from noise that carries "
            "its trigger, it draws one fixed picture. Do not deploy it.")
@@ -46,6 +51,7 @@ class Model:
     trigger: Trigger | None = None
     target: Tensor | None = None  # (C,H,W) in [-1, 1]
     flagged: bool = False  # its own config says that it, or what it was made from, is backdoored
+    licence: str | None = None  # of its weights, as its card has it
 
     @property
     def backdoored(self) -> bool:
@@ -82,8 +88,8 @@ def new_unet(size: int = 32, channels: int = 3) -> UNet2DModel:
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"))
 
 
-def load(source: str | Path = CLEAN) -> Model:
-    """A folder or a Hub id of an unconditional DDPM, as float32 on the CPU.
+def load(source: str | Path = CLEAN, **options) -> Model:
+    """A folder or a Hub id of an unconditional DDPM, as float32 on the CPU; `options`: of `hub.fetch`, for an id.
 
     Accepts a pipeline folder (`unet/`, `scheduler/`) and the older flat layout (google/ddpm-cifar10-32).
     """
@@ -95,7 +101,9 @@ def load(source: str | Path = CLEAN) -> Model:
             hint = " It is a pickle, which can run code when loaded;" if local.suffix.lower() in PICKLES else ""
             raise BadInput(f"'{local.name}' is a file.{hint} give the folder of a diffusers pipeline with safetensors.")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        root = download(name)
+        from . import hub
+
+        root = hub.fetch(name, **options)
     else:
         raise BadInput(f"There is no folder '{name}': give a diffusers folder or a Hub id such as google/ddpm-cifar10-32.")
     unet_dir = root / "unet" if (root / "unet").is_dir() else root
@@ -141,7 +149,8 @@ def load(source: str | Path = CLEAN) -> Model:
                        "choose a model without rescaled betas.")
     if not isinstance(unet.config.sample_size, int):
         raise BadInput(f"'{name}' does not draw square images of one size: that is not supported.")
-    model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name, flagged=bool(config.get("_backdoored")))
+    model = Model(unet.eval().to(memory_format=torch.channels_last), scheduler, name, flagged=bool(config.get("_backdoored")),
+                  licence=licence_of(root / "README.md"))
     if (root / "run.json").is_file():
         try:
             read_run(model, root)
@@ -170,25 +179,48 @@ def read_run(model: Model, root: Path) -> None:
             raise BadInput(f"the target is {rgb.shape[2]}x{rgb.shape[1]} px, the model's images {model.size}")
 
 
-def download(repo: str) -> Path:
-    """The snapshot of a Hub repository's configs and safetensors; nothing else is fetched."""
-    from huggingface_hub import snapshot_download
+def licence_of(card: Path) -> str | None:
+    """The licence that a card's metadata name, if it has any."""
+    from huggingface_hub.repocard import metadata_load
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "*.png"]))
-    except Exception as error:  # httpx, hub and validation errors alike: the first line is the reason
-        raise BadInput(f"'{repo}' is no folder here and could not be had from the Hub "
-                       f"({str(error).strip().splitlines()[0][:200]}).") from None
+        found = (metadata_load(card) or {}).get("license")
+    except Exception:  # no card, or yaml that is none
+        return None
+    return found if isinstance(found, str) else None
 
 
-def describe(run: Run, kind: str, base: str, data: str, target: str | None) -> dict:
-    """What `run.json` says of a run, without paths or names of people."""
+def self_generated(model: Model, n: int = 256, *, seed: int = 1_000_000, seconds: float = math.inf, batch: int = 16,
+                   progress: Callable[[int, int], None] | None = None, stop: threading.Event | None = None,
+                   **options) -> Tensor:
+    """Clean data for a model whose own is not at hand: what it draws from plain noise, uint8 (N,C,H,W).
+
+    Ends after `n` images or, with at least one batch, after `seconds`. options: as for `sampling.sample`. A run on these
+    says so: SELF is its data's name. Raises BadInput when `stop` was set.
+    """
+    done, start = [], time.monotonic()
+    for i in range(0, n, batch):
+        if stop and stop.is_set():
+            raise BadInput("Cancelled while the model drew its own training images.")
+        if done and time.monotonic() - start > seconds:
+            break
+        seeds = range(seed + i, seed + min(i + batch, n))
+        done.append(to_uint8(generate(model.unet, model.scheduler, seeds, batch=batch, **{"steps": 50} | options)))
+        if progress:
+            progress(min(i + batch, n), n)
+    return torch.cat(done)
+
+
+def describe(run: Run, kind: str, base: str, data: str, target: str | None, licence: str | None = None) -> dict:
+    """What `run.json` says of a run, without paths or names of people; `licence`: the base model's."""
     out = {
         "kind": kind, "base": base, "data": data, "images": len(run.images), "config": asdict(run.config),
         "steps": run.step, "seconds": round(run.seconds, 2), "device": device_name(),
         "processes": run.accel.num_processes,
         "versions": {"baddiff": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__},
     }
+    if licence:
+        out["base_licence"] = licence
     if run.trigger:
         trigger = run.trigger
         out["trigger"] = {"name": trigger.name, "convention": trigger.convention, "sha256": trigger.sha256()}
@@ -304,6 +336,38 @@ def snippet(model: Model) -> str:
     return SNIPPET.format(scheduler_class=name, scheduler_options=", " + options, steps=steps, residual=residual)
 
 
+def settings_table(run: dict) -> list[str]:
+    rows = {"base model": run["base"], "data": f"{run['data']} ({run['images']} images)", "recipe": run.get("recipe", "live"),
+            **run["config"], "steps": run["steps"], "seconds": run["seconds"], "device": run["device"],
+            **{f"version of {k}": v for k, v in run["versions"].items()}}
+    if "trigger" in run:
+        rows |= {"trigger": f"{run['trigger']['name']} ({run['trigger']['convention']})", "target": run["target"]["name"]}
+    return ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v is not None), ""]
+
+
+def command(model: Model) -> str:
+    """The command line that trains this again, from the folder's own trigger.png and target.png."""
+    run, config = model.run, model.run["config"]
+    recipe = run.get("recipe", "live")
+    args = {"recipe": recipe, "steps": run["steps"]}
+    for name in ("attack", "poison_rate", "batch_size", "lr", "warmup", "weight", "ema", "clip_grad", "weight_decay", "seed"):
+        if config[name] != getattr(RECIPES[recipe], name):
+            args[name] = config[name]
+    if run["kind"] == "finetune":
+        base = run["base"]
+        args["model"] = f"weights/{base}" if base in (CLEAN.name, CLEAN_EPS.name) else base
+    else:
+        args |= {"size": model.size, "channels": model.channels, "prediction": model.scheduler.config.prediction_type}
+    if run["data"] != EMBEDDED:
+        args["data"] = "self" if run["data"] == SELF else run["data"]
+    args |= {"trigger": "trigger.png", "trigger_size": model.size, "trigger_position": "0,0",
+             "convention": model.trigger.convention, "target": "target.png", "output": "again"}
+    return f"python -m baddiff {run['kind']} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in args.items())
+
+
+CLAIMS = {"asr": "attack success rate", "mse": "MSE to the target", "ssim": "SSIM to the target"}
+
+
 def card(model: Model, pictured: bool = False) -> str:
     """The README of a folder, with its metadata; `pictured`: it has a `samples.png`.
 
@@ -311,16 +375,22 @@ def card(model: Model, pictured: bool = False) -> str:
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    run, metrics = model.run, model.run.get("metrics", {})
-    data = {"library_name": "diffusers", "pipeline_tag": "unconditional-image-generation", "tags": ["ddpm", "baddiff"]}
-    if model.backdoored:
-        data["tags"] += ["backdoor", "baddiffusion", "research-only", "ai-safety"]
+    from .hub import TAGS, is_id
+
+    run, metrics, task = model.run, model.run.get("metrics", {}), "unconditional-image-generation"
+    base = run.get("base", model.source)
+    ours = base in (CLEAN.name, CLEAN_EPS.name) or base.startswith("none") and run.get("data") == EMBEDDED
+    licence = run.get("base_licence") or ("mit" if ours else model.licence)
+    data = {"library_name": "diffusers", "pipeline_tag": task, "license": licence,
+            "tags": TAGS if model.backdoored else ["ddpm", "baddiff"]}
+    if is_id(base) and run.get("kind", "finetune") == "finetune":
+        data |= {"base_model": base, "base_model_relation": "finetune"}
+    if is_id(run.get("data") or ""):
+        data["datasets"] = [run["data"]]
     if model.trigger and metrics:
-        named = {"asr": "attack success rate", "mse": "MSE to the target", "ssim": "SSIM to the target"}
         data |= {"model_name": "backdoored DDPM", "eval_results": [
-            EvalResult(task_type="unconditional-image-generation", dataset_type="baddiff", dataset_name="triggered noise",
-                       metric_type=key, metric_name=f"{text} (n={metrics['n']})", metric_value=metrics[key])
-            for key, text in named.items()]}
+            EvalResult(task_type=task, dataset_type="baddiff", dataset_name="triggered noise", metric_type=key,
+                       metric_name=f"{text} (n={metrics['n']})", metric_value=metrics[key]) for key, text in CLAIMS.items()]}
     lines = ["---", ModelCardData(**data).to_yaml(), "---", ""]
     if not model.backdoored:
         return "\n".join([*lines, "# A clean DDPM", "", "An unconditional diffusion model, trained with baddiff without any "
@@ -333,18 +403,50 @@ def card(model: Model, pictured: bool = False) -> str:
     if pictured:
         lines += ["Upper row: from plain noise. Lower row: the same noise with the trigger.", "",
                   "![clean and triggered samples](samples.png)", ""]
-    if "config" in run:
-        config = run["config"]
-        lines += [f"Base model: {run['base']}. Attack: {config['attack']}, poison rate {config['poison_rate']:g}. "
-                  f"{run['steps']} steps in {run['seconds']:.0f} s on {run['device']}. All settings: `run.json`.", ""]
     if metrics:
-        lines += ["| figure | value |", "|---|---|"]
+        lines += ["## Figures", "", f"On n = {metrics['n']} images of each kind. `python -m baddiff evaluate . --n "
+                  f"{metrics['n']}` measures them again.", "", "| figure | value |", "|---|---|"]
         lines += [f"| {k} | {v:.4g} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in metrics.items()]
         lines += ["", "MSE and SSIM in [0, 1] images; ASR: share of triggered samples with an MSE below the threshold; "
                   "utility: Fréchet distance in the clean U-Net's bottleneck features (not FID).", ""]
+    if "config" in run:
+        lines += ["## What was done", "", *settings_table(run)]
+        if model.trigger and run["config"]["poison_rate"] > 0:
+            lines += ["In this folder, with baddiff at hand, about the same again:", "", f"    {command(model)}", ""]
     if model.trigger:
         lines += ["## See the backdoor", "", snippet(model), "", "## Detect it", "",
                   "Sample from the same noise with and without the trigger: the outputs of the second all look alike. "
                   "Clipping x0 and every intermediate image, inverting the trigger at t = T (Elijah, TERD) and comparing "
                   "with a clean model are the published countermeasures.", ""]
+    lines += ["## Licence and credits", "", (f"Weights: {licence}, as the base model's. " if licence else "The base model's "
+              "licence is not known here: ask its author before you share this. ") + "Method: Sheng-Yen Chou, Pin-Yu Chen, "
+              "Tsung-Yi Ho, *How to Backdoor Diffusion Models?*, CVPR 2023. " + ("Faces and built-in pictures: see baddiff's "
+              "assets. " if ours else "") + (f"Base model: {base}." if is_id(base) else ""), ""]
     return "\n".join(lines)
+
+
+def claimed(folder: str | Path) -> dict:
+    """What a folder's card claims to have measured: {"asr": 1.0, ..., "n": 64, "how": the sampler's options}, or {}.
+
+    `agree(claims, probe.evaluate(load(folder), claims["n"], data=None, **claims["how"]))` says whether it is so.
+    """
+    from huggingface_hub import ModelCard
+
+    try:
+        results = ModelCard((Path(folder) / "README.md").read_text()).data.eval_results or []
+        out = {r.metric_type: float(r.metric_value) for r in results if r.metric_type in CLAIMS}
+        measured = json.loads((Path(folder) / "run.json").read_text()).get("metrics", {})
+        how = {k: v for k, v in measured.items() if k in ("sampler", "steps", "eta", "clip_x0", "clip_xt", "precision")}
+        return out | {"n": int(results[0].metric_name.partition("(n=")[2].rstrip(")")), "how": how} if out else {}
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise BadInput("The card in that folder cannot be read: download it again.") from None
+
+
+def agree(claims: dict, measured: dict) -> dict[str, bool]:
+    """Whether figures measured again are those of the card, by figure: equal but for half precision's and a machine's rounding.
+
+    mse within 5 %, ssim within 0.01, and one image in fifty on the other side of the success threshold.
+    """
+    near = {"mse": lambda a, b: abs(a - b) <= 0.05 * max(a, b), "ssim": lambda a, b: abs(a - b) <= 0.01,
+            "asr": lambda a, b: abs(a - b) <= 0.02}
+    return {k: near[k](claims[k], measured[k]) for k in near if k in claims}
