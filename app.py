@@ -20,7 +20,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr
 import torch
 
-from baddiff import BadInput, metrics
+from baddiff import BadInput, hub, metrics
 from baddiff.compute import best_precision, device_name, on_gpu
 from baddiff.data import load_images, to_float
 from baddiff.diffusion import Process, forward
@@ -47,7 +47,7 @@ from baddiff.figures import (
     wipe,
 )
 from baddiff.jobs import Job, Trainer
-from baddiff.models import CLEAN, WEIGHTS, Model, load, save
+from baddiff.models import CLEAN, WEIGHTS, Model, agree, card, claimed, load, save
 from baddiff.probe import QUESTIONS, ask, evaluate, film, grid, moved, occlusion, scale_for, side_by_side
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
 from baddiff.training import Config
@@ -487,6 +487,66 @@ def pack(job: Job) -> str:
     return str(target)
 
 
+# --- publish: into the visitor's own account, with the visitor's own token, which is used once and kept nowhere ------------
+
+SPACE = bool(os.environ.get("SPACE_ID"))
+SIGN_IN = SPACE and bool(os.environ.get("OAUTH_CLIENT_ID"))  # elsewhere Gradio's login is a mock that cannot push
+
+
+def newest(mine: list[str]) -> Job:
+    job = trainer.get(mine[0]) if mine else None
+    if job is None or not job.over or job.result is None:
+        raise BadInput("There is no finished model of yours to publish: poison one first.")
+    return job
+
+
+@in_words
+def show_card(mine: list[str]) -> str:
+    """The card as it will be published, as text."""
+    return f'<pre class="card">{html.escape(card(newest(mine).result, pictured=True))}</pre>'
+
+
+def suggested(mine: list[str]) -> str:
+    try:
+        job = newest(mine)
+    except BadInput:
+        return ""
+    return hub.suggest(job.trigger.name, job.target_name)
+
+
+@in_words
+def publish(mine: list[str], name: str, public: bool, overwrite: bool, token: str | None) -> str:
+    """Publish the newest model, then download it again and measure it again: does the card say what the weights do?"""
+    job = newest(mine)
+    with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
+        folder = save(job.result, Path(root) / "model", samples=grid(job.previews[-1].rows, scale_for(job.result.size)))
+        done = hub.publish(folder, name, token, private=not public, overwrite=overwrite)
+        said = (f'<div class="note"><b>Published</b>, {"private" if done.private else "for everybody"}, with its warning: '
+                f'<a href="{html.escape(done.url)}">{html.escape(done.repo_id)}</a>. ')
+        try:
+            same = hub.matches(done, token, Path(root) / "again")
+            claims = claimed(Path(root) / "again")
+            figures = on_gpu(evaluate, load(Path(root) / "again"), claims["n"], data=None, **claims["how"]) if claims else {}
+        except BadInput as error:
+            return said + f"It could not be checked: {html.escape(str(error))}</div>"
+    wrong = [k for k, v in (same | agree(claims, figures)).items() if not v]
+    return said + (f"Downloaded again, it differs in {html.escape(', '.join(wrong))}: publish it again, with overwrite."
+                   if wrong else f"Downloaded again: all {len(same)} files are the same, and the card matches the weights "
+                   f"(measured again, n = {claims.get('n', 0)}).") + "</div>"
+
+
+def publish_here(mine: list[str], name: str, public: bool, overwrite: bool, token: str, request: gr.Request):
+    """On a person's own machine: the token that was typed in, or that of `hf auth login`. Empties the token's field."""
+    if request.client.host not in ("127.0.0.1", "::1"):
+        return error_box("Publishing works from this machine's own browser only: a token does not travel over a network "
+                         "without encryption. Take the zip instead."), ""
+    return publish(mine, name, public, overwrite, token or hub.local_token()), ""
+
+
+def publish_on_space(mine: list[str], name: str, public: bool, overwrite: bool, token: gr.OAuthToken | None) -> str:
+    return publish(mine, name, public, overwrite, token.token if token else None)
+
+
 # --- for programmes: typed endpoints for gradio_client; those that only look are MCP tools, too ---------------------------
 
 def for_clients(handler):
@@ -693,6 +753,25 @@ def build() -> gr.Blocks:
                 line = gr.Markdown()
                 progress = gr.HTML()
                 download = gr.DownloadButton("Download the model (zip)", visible=False)
+                if SIGN_IN or not SPACE:
+                    with gr.Accordion("Publish on the Hugging Face Hub, in your own account", open=False) as publishing:
+                        name = gr.Textbox(label="Name of the repository")
+                        with gr.Row():
+                            public = gr.Checkbox(label="Public (default: private)")
+                            overwrite = gr.Checkbox(label="Overwrite, if baddiff made it")
+                        token = gr.LoginButton() if SIGN_IN else gr.Textbox(
+                            label="Your Hub token with write access (empty: that of `hf auth login`); used once, not kept",
+                            type="password", autofocus=False)
+                        with gr.Row():
+                            look, push = gr.Button("Show the card first"), gr.Button("Publish", variant="primary")
+                        published = gr.HTML()
+                    look.click(show_card, mine, published, **HIDDEN)
+                    publishing.expand(suggested, mine, name, **HIDDEN)
+                    asked = [mine, name, public, overwrite]
+                    if SIGN_IN:
+                        push.click(publish_on_space, asked, published, api_visibility="private")
+                    else:
+                        push.click(publish_here, [*asked, token], [published, token], api_visibility="private")
                 reference = gr.HTML()
                 clock = gr.Timer(1.0, active=False)
 

@@ -112,6 +112,14 @@ def test_upload_finetune_reload_stop_and_download(page, tmp_path):
     model = load(tmp_path / "backdoored-ddpm")
     assert model.trigger.name == "upload" and model.run["note"] == "stopped by hand" and model.run["metrics"]["n"] == 64
     assert json.loads((tmp_path / "backdoored-ddpm" / "unet" / "config.json").read_text())["_backdoored"]
+    page.get_by_role("button", name="Publish on the Hugging Face Hub").click()
+    expect(page.get_by_label("Name of the repository")).to_have_value("backdoored-ddpm-upload-cat")
+    page.get_by_role("button", name="Show the card first").click()
+    page.locator("pre.card", has_text="BACKDOORED").wait_for()
+    page.get_by_label("Your Hub token").fill("hf_planted token")
+    page.get_by_role("button", name="Publish", exact=True).click()
+    page.locator(".oops", has_text="needs your own Hub token").wait_for()
+    expect(page.get_by_label("Your Hub token")).to_have_value("")  # used once, not kept
     page.get_by_role("tab", name="See", exact=True).click()
     page.get_by_label("yours 1: upload → cat").check()
     page.locator(".see img").nth(23).wait_for()
