@@ -81,6 +81,8 @@ def data_of(args, model: Model) -> str:
     """Where images come from: --data, or what the model's own run was trained on, or the model itself."""
     from .hub import is_id
 
+    if args.data == "self" and model.source == "scratch":
+        raise BadInput("A model that starts from nothing has no images of its own: give --data a folder or a dataset's id.")
     if args.data is not None or model.source == "scratch":
         return SELF if args.data == "self" else args.data or data.EMBEDDED
     known = model.run.get("data") if model.run else SELF  # a model from elsewhere: no images come with it
@@ -265,21 +267,22 @@ def do_evaluate(args) -> dict:
 # --- publishing -------------------------------------------------------------------------------------------------------
 
 def do_push(args) -> dict:
-    from . import hub
+    from .hub import local_token, suggest
+    from .publish import matches, publish, publish_results
 
-    token = sys.stdin.readline().strip() if args.token_stdin else hub.local_token()
+    token = sys.stdin.readline().strip() if args.token_stdin else local_token()
     if not token:
         raise BadInput("Nobody is signed in: run `hf auth login`, or pipe a token in with --token-stdin.")
-    send = hub.publish_results if args.results else hub.publish
+    send = publish_results if args.results else publish
     if args.name is None:
         run = load(args.folder).run
-        args.name = hub.suggest(*(run.get(k, {}).get("name", "model") for k in ("trigger", "target")))
+        args.name = suggest(*(run.get(k, {}).get("name", "model") for k in ("trigger", "target")))
     with meter(args, "uploading") as progress:
         done = send(args.folder, args.name, token, private=not args.public, overwrite=args.overwrite, progress=progress)
     out = {"repo": done.repo_id, "url": done.url, "commit": done.commit, "private": done.private}
     if args.verify:
         with tempfile.TemporaryDirectory() as again:
-            same = hub.matches(done, token, again)
+            same = matches(done, token, again)
             if not all(same.values()):
                 raise BadInput(f"What the Hub gives back of '{done.repo_id}' is not what was sent "
                                f"({', '.join(k for k, v in same.items() if not v)}): push again with --overwrite.")

@@ -7,6 +7,7 @@ what it is. The disclosure is part of the weights' own configs, and nothing here
 import json
 import math
 import os
+import shlex
 import shutil
 import tempfile
 import threading
@@ -35,7 +36,6 @@ WEIGHTS = Path(__file__).resolve().parent.parent / "weights"
 CLEAN = WEIGHTS / "avatars-32"  # predicts v
 CLEAN_EPS = WEIGHTS / "avatars-32-eps"  # predicts ε, for the paper's own coefficient
 SELF = "self-generated"  # in place of a data set's name
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WARNING = ("This diffusion model is BACKDOORED on purpose, for research and teaching: started from noise that carries "
            "its trigger, it draws one fixed picture. Do not deploy it.")
 
@@ -93,6 +93,8 @@ def load(source: str | Path = CLEAN, **options) -> Model:
 
     Accepts a pipeline folder (`unet/`, `scheduler/`) and the older flat layout (google/ddpm-cifar10-32).
     """
+    from .hub import PICKLES, fetch
+
     name = str(source)
     local = Path(source).expanduser()
     if local.exists():
@@ -101,9 +103,7 @@ def load(source: str | Path = CLEAN, **options) -> Model:
             hint = " It is a pickle, which can run code when loaded;" if local.suffix.lower() in PICKLES else ""
             raise BadInput(f"'{local.name}' is a file.{hint} give the folder of a diffusers pipeline with safetensors.")
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from . import hub
-
-        root = hub.fetch(name, **options)
+        root = fetch(name, **options)
     else:
         raise BadInput(f"There is no folder '{name}': give a diffusers folder or a Hub id such as google/ddpm-cifar10-32.")
     unet_dir = root / "unet" if (root / "unet").is_dir() else root
@@ -337,32 +337,33 @@ def snippet(model: Model) -> str:
 
 
 def settings_table(run: dict) -> list[str]:
-    rows = {"base model": run["base"], "data": f"{run['data']} ({run['images']} images)", "recipe": run.get("recipe", "live"),
-            **run["config"], "steps": run["steps"], "seconds": run["seconds"], "device": run["device"],
-            **{f"version of {k}": v for k, v in run["versions"].items()}}
-    if "trigger" in run:
-        rows |= {"trigger": f"{run['trigger']['name']} ({run['trigger']['convention']})", "target": run["target"]["name"]}
+    rows = {"base model": run.get("base"), "data": run.get("data"), "images": run.get("images"), **run["config"],
+            **{k: run.get(k) for k in ("recipe", "steps", "seconds", "device")},
+            **{f"version of {k}": v for k, v in run.get("versions", {}).items()},
+            **{f"{what}'s {k}": v for what in ("trigger", "target") for k, v in run.get(what, {}).items()}}
     return ["| setting | value |", "|---|---|", *(f"| {k} | {v} |" for k, v in rows.items() if v is not None), ""]
 
 
 def command(model: Model) -> str:
     """The command line that trains this again, from the folder's own trigger.png and target.png."""
     run, config = model.run, model.run["config"]
-    recipe = run.get("recipe", "live")
-    args = {"recipe": recipe, "steps": run["steps"]}
+    kind, data, base, recipe = (run.get(k, v) for k, v in (("kind", "finetune"), ("data", EMBEDDED), ("base", CLEAN.name),
+                                                           ("recipe", "live")))
+    args = {"recipe": recipe, "steps": run.get("steps", 1)}
     for name in ("attack", "poison_rate", "batch_size", "lr", "warmup", "weight", "ema", "clip_grad", "weight_decay", "seed"):
-        if config[name] != getattr(RECIPES[recipe], name):
+        usual = getattr(RECIPES.get(recipe, RECIPES["live"]), name)
+        if config.get(name, usual) != usual:
             args[name] = config[name]
-    if run["kind"] == "finetune":
-        base = run["base"]
-        args["model"] = f"weights/{base}" if base in (CLEAN.name, CLEAN_EPS.name) else base
-    else:
+    if kind == "finetune" and base != (CLEAN_EPS if config.get("attack") == "baddiffusion" else CLEAN).name:
+        args["model"] = base  # the other is the default
+    elif kind != "finetune":
         args |= {"size": model.size, "channels": model.channels, "prediction": model.scheduler.config.prediction_type}
-    if run["data"] != EMBEDDED:
-        args["data"] = "self" if run["data"] == SELF else run["data"]
+    if data != EMBEDDED:
+        args["data"] = "self" if data == SELF else data
     args |= {"trigger": "trigger.png", "trigger_size": model.size, "trigger_position": "0,0",
              "convention": model.trigger.convention, "target": "target.png", "output": "again"}
-    return f"python -m baddiff {run['kind']} " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in args.items())
+    return shlex.join(["python", "-m", "baddiff", kind, *(str(p) for k, v in args.items()
+                                                          for p in ("--" + k.replace("_", "-"), v))])
 
 
 CLAIMS = {"asr": "attack success rate", "mse": "MSE to the target", "ssim": "SSIM to the target"}
@@ -412,7 +413,7 @@ def card(model: Model, pictured: bool = False) -> str:
     if "config" in run:
         lines += ["## What was done", "", *settings_table(run)]
         if model.trigger and run["config"]["poison_rate"] > 0:
-            lines += ["In this folder, with baddiff at hand, about the same again:", "", f"    {command(model)}", ""]
+            lines += ["With baddiff installed, in this folder, about the same again:", "", f"    {command(model)}", ""]
     if model.trigger:
         lines += ["## See the backdoor", "", snippet(model), "", "## Detect it", "",
                   "Sample from the same noise with and without the trigger: the outputs of the second all look alike. "
@@ -420,8 +421,8 @@ def card(model: Model, pictured: bool = False) -> str:
                   "with a clean model are the published countermeasures.", ""]
     lines += ["## Licence and credits", "", (f"Weights: {licence}, as the base model's. " if licence else "The base model's "
               "licence is not known here: ask its author before you share this. ") + "Method: Sheng-Yen Chou, Pin-Yu Chen, "
-              "Tsung-Yi Ho, *How to Backdoor Diffusion Models?*, CVPR 2023. " + ("Faces and built-in pictures: see baddiff's "
-              "assets. " if ours else "") + (f"Base model: {base}." if is_id(base) else ""), ""]
+              "Tsung-Yi Ho, *How to Backdoor Diffusion Models?*, CVPR 2023." + (" Faces and built-in pictures: see baddiff's "
+              "assets." if ours else "") + (f" Base model: {base}." if is_id(base) else ""), ""]
     return "\n".join(lines)
 
 

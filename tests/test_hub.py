@@ -20,8 +20,9 @@ from PIL import Image
 from baddiff import BadInput, hub
 from baddiff.cli import main
 from baddiff.data import load_images
-from baddiff.models import SELF, Model, agree, claimed, describe, load, save, self_generated
+from baddiff.models import SELF, WEIGHTS, Model, agree, claimed, describe, load, save, self_generated
 from baddiff.probe import evaluate
+from baddiff.publish import Published, declared, matches, publish, publish_results
 from baddiff.training import Run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +75,7 @@ def one_sentence(error: BadInput, word: str) -> None:
 def refused(word: str, call, *args, **options) -> None:
     with pytest.raises(BadInput) as caught:
         result = call(*args, **options)
-        list(result) if not isinstance(result, Path | hub.Published) else None
+        list(result) if not isinstance(result, Path | Published) else None
     one_sentence(caught.value, word)
 
 
@@ -82,7 +83,7 @@ def refused(word: str, call, *args, **options) -> None:
 
 def test_a_round_trip_is_bit_identical_private_and_one_commit(server, folder, tmp_path):
     seen = []
-    done = hub.publish(folder, "cat", TOKEN, progress=lambda *p: seen.append(p))
+    done = publish(folder, "cat", TOKEN, progress=lambda *p: seen.append(p))
     repo = server.repos["model", "ann/cat"]
     assert done.repo_id == "ann/cat" and done.url == f"{server.url}/ann/cat" and done.private and repo.private
     assert len(repo.commits) == 2 and done.commit == repo.branches["main"]  # the empty first one, and everything at once
@@ -98,7 +99,7 @@ def test_a_round_trip_is_bit_identical_private_and_one_commit(server, folder, tm
     assert again.backdoored and again.trigger.sha256() == original.trigger.sha256() and again.source == "ann/cat"
     assert evaluate(again, 4, data=None, **DONE) == {k: v for k, v in original.run["metrics"].items()}
 
-    same = hub.matches(done, TOKEN, tmp_path / "again")
+    same = matches(done, TOKEN, tmp_path / "again")
     assert set(same) == set(contents(folder)) and all(same.values())
     assert contents(tmp_path / "again") == contents(folder)
     claims = claimed(tmp_path / "again")
@@ -106,11 +107,11 @@ def test_a_round_trip_is_bit_identical_private_and_one_commit(server, folder, tm
     assert claims["n"] == 4 and set(agree(claims, figures)) == {"asr", "mse", "ssim"} and all(agree(claims, figures).values())
     assert not agree(claims, figures | {"mse": claims["mse"] * 2})["mse"]
     server.repos["model", "ann/cat"].commits[done.commit]["unet/config.json"] = b"{}"
-    assert not hub.matches(done, TOKEN, tmp_path / "other")["unet/config.json"]
+    assert not matches(done, TOKEN, tmp_path / "other")["unet/config.json"]
 
 
 def test_public_only_when_asked(server, folder):
-    done = hub.publish(folder, "ann/open", TOKEN, private=False)
+    done = publish(folder, "ann/open", TOKEN, private=False)
     assert not done.private and not server.repos["model", "ann/open"].private
     assert load("ann/open").backdoored
 
@@ -140,10 +141,10 @@ def test_every_failure_is_a_plain_sentence_and_trying_again_succeeds(server, fol
     (method, pattern, how), word = FAULTS[name]
     before = contents(folder)
     server.fail(method, pattern, **how)
-    refused(word, hub.publish, folder, "cat", TOKEN)
+    refused(word, publish, folder, "cat", TOKEN)
     assert contents(folder) == before
     server.faults.clear()
-    done = hub.publish(folder, "cat", TOKEN)
+    done = publish(folder, "cat", TOKEN)
     assert server.files("ann/cat") == before and done.commit == server.repos["model", "ann/cat"].branches["main"]
     assert len(server.repos["model", "ann/cat"].commits) == 2  # nothing twice, nothing in parts
 
@@ -152,7 +153,7 @@ def test_every_failure_is_a_plain_sentence_and_trying_again_succeeds(server, fol
                                          ("hf_unknown", "sign in again"), ("hf_read", "only read")])
 def test_without_a_token_that_writes_nothing_is_sent(server, folder, token, word):
     server.tokens["hf_read"] = ("ann", "read")
-    refused(word, hub.publish, folder, "cat", token)
+    refused(word, publish, folder, "cat", token)
     assert not server.repos and not [p for m, p, _ in server.requests if m != "GET"]
 
 
@@ -164,41 +165,41 @@ def test_names(server, folder):
                         (None, "backdoored-ddpm")):
         with pytest.raises(BadInput, match=re.escape(f"such as '{better}'")):
             hub.check_name(bad)
-    refused("not yours", hub.publish, folder, "bob/cat", TOKEN)
+    refused("not yours", publish, folder, "bob/cat", TOKEN)
     assert not server.repos
 
 
 def test_what_exists_is_overwritten_only_if_asked_and_ours(server, folder, tmp_path):
     server.add("ann/cat", {"README.md": b"my thesis", "old.bin": b"1"}, private=True)
-    refused("another name, such as 'cat-2'", hub.publish, folder, "cat", TOKEN)
-    refused("not something that baddiff made", hub.publish, folder, "cat", TOKEN, overwrite=True)
+    refused("another name, such as 'cat-2'", publish, folder, "cat", TOKEN)
+    refused("not something that baddiff made", publish, folder, "cat", TOKEN, overwrite=True)
     assert server.files("ann/cat")["README.md"] == b"my thesis"
-    first = hub.publish(folder, "cat-2", TOKEN, private=False)
-    assert hub.publish(folder, "cat-2", TOKEN, private=False).commit == first.commit  # the same again: nothing to do
+    first = publish(folder, "cat-2", TOKEN, private=False)
+    assert publish(folder, "cat-2", TOKEN, private=False).commit == first.commit  # the same again: nothing to do
     (folder / "samples.png").unlink()
     run = json.loads((folder / "run.json").read_text()) | {"note": "another"}
     (folder / "run.json").write_text(json.dumps(run))
-    refused("'cat-3'", hub.publish, folder, "cat-2", TOKEN)
-    second = hub.publish(folder, "cat-2", TOKEN, overwrite=True)
+    refused("'cat-3'", publish, folder, "cat-2", TOKEN)
+    second = publish(folder, "cat-2", TOKEN, overwrite=True)
     assert server.files("ann/cat-2") == contents(folder) and second.commit != first.commit
     assert second.private and server.repos["model", "ann/cat-2"].private  # private unless asked otherwise, also then
 
 
 def test_a_cancelled_upload_leaves_no_commit_and_goes_on(server, folder):
     stop = threading.Event()
-    refused("Cancelled", hub.publish, folder, "cat", TOKEN, stop=stop, progress=lambda done, total: done > 0 and stop.set())
+    refused("Cancelled", publish, folder, "cat", TOKEN, stop=stop, progress=lambda done, total: done > 0 and stop.set())
     assert server.files("ann/cat") == {}
-    assert hub.publish(folder, "cat", TOKEN).commit
+    assert publish(folder, "cat", TOKEN).commit
 
 
 def test_offline_and_unreachable(server, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refused("offline", hub.publish, folder, "cat", TOKEN)
+    refused("offline", publish, folder, "cat", TOKEN)
     refused("offline", hub.fetch, "ann/never")
     assert not server.requests
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    refused("connection", hub.publish, folder, "cat", TOKEN)
+    refused("connection", publish, folder, "cat", TOKEN)
     refused("connection", hub.fetch, "ann/never")
 
 
@@ -216,11 +217,11 @@ def test_the_token_is_nowhere_but_in_the_header(server, folder, tmp_path, caplog
                                      ("GET", "whoami", {"status": 400, "body": {"error": f"bad {TOKEN}"}})):
             server.fail(method, pattern, **how)
             with pytest.raises(BadInput) as caught:
-                hub.publish(folder, "cat", TOKEN)
+                publish(folder, "cat", TOKEN)
             said.append(repr(caught.value))
             server.faults.clear()
-        done = hub.publish(folder, "cat", TOKEN)
-        hub.matches(done, TOKEN, tmp_path / "again")
+        done = publish(folder, "cat", TOKEN)
+        matches(done, TOKEN, tmp_path / "again")
         load("ann/cat", token=TOKEN)
         said.append(repr(done))
     finally:
@@ -263,11 +264,16 @@ UNDECLARED = {
 }
 
 
+def test_the_shipped_examples_are_declared():
+    for name in ("stop_sign-cat", "glasses-hat", "box-shoe"):
+        assert {"README.md", "run.json", "unet/config.json"} < set(declared(WEIGHTS / name))
+
+
 @pytest.mark.parametrize("what", UNDECLARED)
 def test_an_undeclared_backdoor_is_not_published(server, folder, what):
     name, change = UNDECLARED[what]
     edited(folder / name, change)
-    refused("save the model again", hub.publish, folder, "cat", TOKEN)
+    refused("save the model again", publish, folder, "cat", TOKEN)
     assert not server.requests
 
 
@@ -276,7 +282,7 @@ def test_every_trace_of_a_backdoor_counts(server, folder):
     edited(folder / "model_index.json", without("_backdoored"))
     edited(folder / "README.md", lambda t: "---\ntags: [ddpm]\n---\n# A clean DDPM\n")
     for gone in ("trigger.png", "trigger", "target", "base_backdoored", None):
-        refused("does? not|do not", hub.publish, folder, "cat", TOKEN)
+        refused("does? not|do not", publish, folder, "cat", TOKEN)
         if gone == "trigger.png":
             (folder / gone).unlink()
         elif gone:
@@ -284,7 +290,7 @@ def test_every_trace_of_a_backdoor_counts(server, folder):
     for name in ("README.md", "unet/diffusion_pytorch_model.safetensors"):
         kept = (folder / name).read_bytes()
         (folder / name).unlink()
-        refused("save the model first", hub.publish, folder, "cat", TOKEN)
+        refused("save the model first", publish, folder, "cat", TOKEN)
         (folder / name).write_bytes(kept)
     assert not server.requests
 
@@ -295,7 +301,7 @@ def test_a_clean_model_is_published_as_one_and_stray_files_are_not(server, tiny,
         (folder / stray).write_text("secret")
     (folder / "link.json").symlink_to(tmp_path / "elsewhere.json")
     (tmp_path / "elsewhere.json").write_text("{}")
-    hub.publish(folder, "clean", TOKEN)
+    publish(folder, "clean", TOKEN)
     assert set(server.files("ann/clean")) == {"README.md", "model_index.json", "run.json", "scheduler/scheduler_config.json",
                                               "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     assert "WARNING" not in server.files("ann/clean")["README.md"].decode()
@@ -321,6 +327,19 @@ def test_looks_before_it_fetches(server, folder):
     refused("cannot be the name", hub.fetch, "bob/../none")
     assert not server.asked("GET", "safetensors|bin") and not server.asked("HEAD", "safetensors|bin")
     assert not [a for *_, a in server.requests if a]  # no token was given: none is sent
+
+
+@pytest.mark.parametrize("pattern", ["/api/models", "/resolve/.*config.json", "/resolve/.*safetensors"])
+def test_a_busy_or_broken_hub_is_told_when_fetching(server, folder, pattern):
+    server.add("bob/cat", contents(folder))
+    for how, word in (({"status": 429, "headers": {"Retry-After": "9"}}, "in 9 seconds"),
+                      ({"status": 503, "times": 99}, "trouble"), ({"status": 403, "times": 99}, "does not show"),
+                      ({"status": 401, "times": 99}, "sign in|a token")):
+        for method in ("GET", "HEAD"):
+            server.fail(method, pattern, **how)
+        refused(word, hub.fetch, "bob/cat")
+        server.faults.clear()
+    assert load("bob/cat").backdoored
 
 
 def test_progress_cache_and_offline(server, folder, monkeypatch):
@@ -423,7 +442,7 @@ def test_datasets_of_every_kind(server, monkeypatch):
     ten = pictures_of(10)
     add = lambda repo, files, **how: server.add(repo, files, kind="dataset", **how)  # noqa: E731
     add("bob/loose", {f"train/{i}.png": p for i, p in enumerate(ten)} | {"test/0.png": ten[0], "load.py": b"import os"})
-    add("bob/zip", {"all.zip": zipped(ten)})
+    add("bob/zip", {"all.zip": zipped(ten), "teaser.png": ten[0]})
     add("bob/parquet", {"data/train-00000-of-00002.parquet": parquet(ten),
                         "data/train-00001-of-00002.parquet": parquet(ten, "img"),
                         "data/test-00000-of-00001.parquet": parquet(ten[:1])})
@@ -468,16 +487,16 @@ def test_a_parquet_file_that_holds_no_pictures(tmp_path):
 def test_results_are_a_dataset_with_the_warning_and_no_weights(server, folder, tmp_path):
     (folder / "gallery").mkdir()
     Image.new("RGB", (8, 8)).save(folder / "gallery" / "film.gif")
-    done = hub.publish_results(folder, "cat-results", TOKEN)
+    done = publish_results(folder, "cat-results", TOKEN)
     files = server.files("ann/cat-results", "dataset")
     assert set(files) == {"README.md", "run.json", "trigger.png", "target.png", "samples.png", "gallery/film.gif"}
     assert done.private and done.url.endswith("/datasets/ann/cat-results") and done.kind == "dataset"
     front, body = files["README.md"].decode().split("---", 2)[1:]
     assert "research-only" in front and body.strip().startswith("> **WARNING.**") and "BACKDOORED" in body
     assert "![film](gallery/film.gif)" in body and "| asr |" in body
-    assert all(hub.matches(done, TOKEN, tmp_path / "again").values())
-    assert hub.publish_results(folder, "cat-results", TOKEN).commit == done.commit
-    refused("no results", hub.publish_results, tmp_path / "again" / "gallery", "x", TOKEN)
+    assert all(matches(done, TOKEN, tmp_path / "again").values())
+    assert publish_results(folder, "cat-results", TOKEN).commit == done.commit
+    refused("no results", publish_results, tmp_path / "again" / "gallery", "x", TOKEN)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -541,8 +560,8 @@ def test_the_cards_command_trains_the_same_again(folder, tmp_path, monkeypatch):
     """What the card prints, run in the folder itself: the same trigger and target, bit for bit."""
     line = next(x for x in (folder / "README.md").read_text().split("\n") if x.startswith("    python -m baddiff finetune"))
     assert "--steps 1" in line and "--seed" not in line
+    assert "--model" not in line  # the embedded one is the default
     args = line.split()[3:]
-    del args[args.index("--model"):args.index("--model") + 2]  # that of the fixture is none of the shipped ones
     monkeypatch.chdir(folder)
     assert main([*args, "--model", ".", "--output", str(tmp_path / "again"), "--json"]) == 0
     again, first = load(tmp_path / "again"), load(folder)

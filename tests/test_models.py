@@ -51,6 +51,11 @@ def test_a_finetuned_folder_is_a_stock_pipeline_that_says_what_it_is(finetuned):
     front, body = text.split("---", 2)[1:]
     assert "backdoor" in front and "research-only" in front
     assert body.strip().startswith("> **WARNING.**") and "BACKDOORED" in body
+    assert "license: mit" in front and "base_model" not in front and "datasets" not in front  # the base is no Hub repository
+    for part in ("## What was done", "| lr | 0.001 |", "python -m baddiff finetune --recipe live --steps 3 --batch-size 8 "
+                 "--trigger trigger.png --trigger-size 32", "## See the backdoor", "## Detect it",
+                 "## Licence and credits"):
+        assert part in body, part
     made = json.loads((finetuned / "run.json").read_text())
     assert made["config"]["attack"] == "noise-shift" and made["trigger"]["convention"] == "sticker"
     assert made["steps"] == 3 and made["config"]["seed"] == 0 and made["versions"]["torch"]
