@@ -49,6 +49,8 @@ from baddiff.figures import (
 from baddiff.jobs import Job, Trainer
 from baddiff.models import CLEAN, WEIGHTS, Model, agree, card, claimed, load, save
 from baddiff.probe import QUESTIONS, ask, evaluate, film, grid, moved, occlusion, scale_for, side_by_side
+from baddiff.publish import matches
+from baddiff.publish import publish as send
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
 from baddiff.training import Config
 from baddiff.triggers import ASSETS, MAX_BYTES, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target, open_image
@@ -520,11 +522,11 @@ def publish(mine: list[str], name: str, public: bool, overwrite: bool, token: st
     job = newest(mine)
     with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
         folder = save(job.result, Path(root) / "model", samples=grid(job.previews[-1].rows, scale_for(job.result.size)))
-        done = hub.publish(folder, name, token, private=not public, overwrite=overwrite)
+        done = send(folder, name, token, private=not public, overwrite=overwrite)
         said = (f'<div class="note"><b>Published</b>, {"private" if done.private else "for everybody"}, with its warning: '
                 f'<a href="{html.escape(done.url)}">{html.escape(done.repo_id)}</a>. ')
         try:
-            same = hub.matches(done, token, Path(root) / "again")
+            same = matches(done, token, Path(root) / "again")
             claims = claimed(Path(root) / "again")
             figures = on_gpu(evaluate, load(Path(root) / "again"), claims["n"], data=None, **claims["how"]) if claims else {}
         except BadInput as error:
