@@ -697,14 +697,23 @@ LIVE = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_
 WAIT = '<div class="wait">Drawing…</div>'
 
 
+def if_open(tab: str, handler):
+    """The handler for the tab that the visitor looks at; the hidden ones do not draw."""
+    @functools.wraps(handler)
+    def wrapped(opened: str, *args):
+        return handler(*args) if opened == tab else gr.skip()
+    return wrapped
+
+
 def build() -> gr.Blocks:
     with gr.Blocks(title="baddiff: a backdoor in a diffusion model", delete_cache=(3600, 3600)) as demo:
         gr.HTML(HERO)
         visitor = gr.BrowserState("", storage_key="baddiff-visitor")  # tokens only; survive a reload, leave with the browser
         mine = gr.BrowserState([], storage_key="baddiff-jobs")
         choice = gr.Radio(EXAMPLE_CHOICES, value=EXAMPLES[0], label="Backdoored model to look at: trigger → target")
+        opened = gr.State("See")
         with gr.Tabs() as tabs:
-            with gr.Tab("See", id="See"):
+            with gr.Tab("See", id="See") as see_tab:
                 picture = gr.HTML(WAIT, min_height=420)
                 with gr.Row():
                     seed = gr.Slider(0, 999, 0, step=1, label="Seed of the first image")
@@ -721,8 +730,9 @@ def build() -> gr.Blocks:
             with gr.Tab("Watch", id="Watch") as watch_tab:
                 reels = gr.HTML(WAIT, min_height=300)
                 watching = [choice, seed, sampler, steps, clip]
-                gr.on([watch_tab.select, *(c.change for c in watching)], watch, watching, reels, **LIVE)
-            with gr.Tab("Poison", id="Poison"):
+                gr.on([c.change for c in watching], if_open("Watch", watch), [opened, *watching], reels, **LIVE)
+                watch_tab.select(lambda: "Watch", None, opened, queue=False, **HIDDEN).then(watch, watching, reels, **LIVE)
+            with gr.Tab("Poison", id="Poison") as poison_tab:
                 with gr.Row():
                     with gr.Column():
                         trigger = gr.Radio([(NAMES.get(t, t), t) for t in (*TRIGGERS, UPLOAD, DRAW)], value="stop_sign",
@@ -803,8 +813,10 @@ def build() -> gr.Blocks:
                 question = gr.Radio([(text, key) for key, text in PROBES.items()], value="opacity", label="Ask the model")
                 number = gr.Slider(2, 256, 8, step=1, label="Seeds for each answer, n (pictures: at most 16)")
                 found = gr.HTML(WAIT, min_height=240)
-                gr.on([probe_tab.select, question.change, choice.change, number.release], probe, [choice, question, number],
-                      found, **LIVE)
+                probing = [choice, question, number]
+                gr.on([question.change, choice.change, number.release], if_open("Probe", probe), [opened, *probing], found,
+                      **LIVE)
+                probe_tab.select(lambda: "Probe", None, opened, queue=False, **HIDDEN).then(probe, probing, found, **LIVE)
             with gr.Tab("Learn", id="Learn") as learn_tab:
                 gr.Markdown("### 1. How the poison is made\nTraining drowns pictures in noise and teaches the model the way "
                             "back. Move the slider: what is left of each picture at the end?")
@@ -832,7 +844,9 @@ def build() -> gr.Blocks:
                 guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private",
                             concurrency_id="see")
         demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN).then(see, seeing, picture, **LIVE)
-        gr.on([c.change for c in seeing], see, seeing, picture, **LIVE)
+        gr.on([c.change for c in seeing], if_open("See", see), [opened, *seeing], picture, **LIVE)
+        see_tab.select(lambda: "See", None, opened, queue=False, **HIDDEN).then(see, seeing, picture, **LIVE)
+        gr.on([t.select for t in (poison_tab, learn_tab)], lambda: "", None, opened, queue=False, **HIDDEN)
         gr.api(list_models, queue=False)
         for look in (generate_images, ask_model, measure_model):
             gr.api(look, concurrency_id="see")
