@@ -47,8 +47,8 @@ from baddiff.figures import (
     wipe,
 )
 from baddiff.jobs import Job, Trainer
-from baddiff.models import CLEAN, WEIGHTS, Model, agree, card, claimed, load, save
-from baddiff.probe import QUESTIONS, ask, evaluate, film, grid, moved, occlusion, scale_for, side_by_side
+from baddiff.models import CLEAN, WEIGHTS, Model, card, load, save
+from baddiff.probe import QUESTIONS, ask, card_matches, evaluate, film, grid, moved, occlusion, scale_for, side_by_side
 from baddiff.publish import matches
 from baddiff.publish import publish as send
 from baddiff.sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, SAMPLERS, generate, noise
@@ -81,6 +81,11 @@ def model_of(choice: str, backdoored: bool = False) -> Model:
     if backdoored and model.trigger is None:
         raise BadInput("The clean model has no trigger: choose a backdoored one.")
     return model
+
+
+def latest(mine: list[str]) -> Job | None:
+    """The visitor's newest job, if it is still here."""
+    return trainer.get(mine[0]) if mine else None
 
 
 def in_words(handler):
@@ -295,10 +300,11 @@ def chosen(base: Model, trigger: str, trigger_file, drawn: str, size: float, opa
            target_file):
     """The form as a Trigger and a target; raises BadInput. Names are checked: a path is only ever an uploaded file's."""
     sources = []
-    for kind, choice, file, known in (("trigger", trigger, trigger_file, TRIGGERS), ("target", target, target_file, TARGETS)):
+    for kind, choice, file, known in (("trigger", trigger, trigger_file, (DRAW, *TRIGGERS)),
+                                      ("target", target, target_file, tuple(TARGETS))):
         if choice == UPLOAD and not file:
             raise BadInput(f"Upload a picture for the {kind} first, or choose a built-in one.")
-        if choice not in (UPLOAD, DRAW, *known):
+        if choice not in (UPLOAD, *known):
             raise BadInput(f"There is no {kind} of that name: choose one of {', '.join(known)}.")
         sources.append(file if choice == UPLOAD else choice)
     width, place = int(size) or None, position if position != "default" else None
@@ -375,7 +381,7 @@ def form_link(trigger, size, opacity, position, target, seconds, attack, rate) -
 
 
 def waiting_line(mine: list[str], seconds: float) -> str:
-    if mine and (job := trainer.get(mine[0])) and not job.over:
+    if (job := latest(mine)) and not job.over:
         return ""  # the job's own line says it
     n, wait = trainer.ahead()
     queue = "It starts at once" if n == 0 else f"{n} ahead of you, about {wait:.0f} s to wait"
@@ -414,21 +420,19 @@ def launch(visitor: str, mine: list[str], start: str, seconds: float, rate: floa
 
 
 def stop(mine: list[str]) -> None:
-    job = trainer.get(mine[0]) if mine else None
-    if job and not job.over:
+    if (job := latest(mine)) and not job.over:
         trainer.cancel(job)
 
 
 def advance(mine: list[str]) -> None:
     """On a ZeroGPU Space the page drives the training: the GPU is lent to a visitor's own request."""
-    job = trainer.get(mine[0]) if mine and trainer.driven else None
-    if job:
+    if job := latest(mine):
         trainer.advance(job)
 
 
 def status(mine: list[str]):
     """(HTML, timer, launch button, stop button): all that the page shows of the visitor's newest job, from its id alone."""
-    job = trainer.get(mine[0]) if mine else None
+    job = latest(mine)
     active = bool(job and not job.over)
     gone = error_box("Your last training is no longer here: results are kept for an hour.") if mine else ""
     return (render(job) if job else gone, gr.Timer(1.0, active=active), gr.Button(interactive=not active),
@@ -475,14 +479,18 @@ def finished(mine: list[str]):
             gr.Dropdown(choices=STARTS + EXAMPLE_CHOICES + own))
 
 
+def write(job: Job, folder: Path) -> Path:
+    """The result as a stock pipeline folder with its card, run.json, trigger, target and samples."""
+    return save(job.result, folder, samples=grid(job.previews[-1].rows, scale_for(job.result.size)))
+
+
 def pack(job: Job) -> str:
-    """The run as a zip: a stock pipeline folder with its card, run.json, trigger, target and samples."""
+    """The run as a zip of that folder."""
     target = CACHE / job.id / "backdoored-ddpm.zip"
     with PACKING:
         if not target.exists():
             with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
-                picture = grid(job.previews[-1].rows, scale_for(job.result.size))
-                folder = save(job.result, Path(root) / "backdoored-ddpm", samples=picture)
+                folder = write(job, Path(root) / "backdoored-ddpm")
                 made = shutil.make_archive(str(Path(root) / "made"), "zip", folder.parent, folder.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.move(made, target)
@@ -496,7 +504,7 @@ SIGN_IN = SPACE and bool(os.environ.get("OAUTH_CLIENT_ID"))  # elsewhere Gradio'
 
 
 def newest(mine: list[str]) -> Job:
-    job = trainer.get(mine[0]) if mine else None
+    job = latest(mine)
     if job is None or not job.over or job.result is None:
         raise BadInput("There is no finished model of yours to publish: poison one first.")
     return job
@@ -521,25 +529,24 @@ def publish(mine: list[str], name: str, public: bool, overwrite: bool, token: st
     """Publish the newest model, then download it again and measure it again: does the card say what the weights do?"""
     job = newest(mine)
     with tempfile.TemporaryDirectory(prefix="baddiff-") as root:
-        folder = save(job.result, Path(root) / "model", samples=grid(job.previews[-1].rows, scale_for(job.result.size)))
-        done = send(folder, name, token, private=not public, overwrite=overwrite)
+        done = send(write(job, Path(root) / "model"), name, token, private=not public, overwrite=overwrite)
         said = (f'<div class="note"><b>Published</b>, {"private" if done.private else "for everybody"}, with its warning: '
                 f'<a href="{html.escape(done.url)}">{html.escape(done.repo_id)}</a>. ')
         try:
-            same = matches(done, token, Path(root) / "again")
-            claims = claimed(Path(root) / "again")
-            figures = on_gpu(evaluate, load(Path(root) / "again"), claims["n"], data=None, **claims["how"]) if claims else {}
+            checks = matches(done, token, Path(root) / "again")
+            files = len(checks)
+            checks |= on_gpu(card_matches, Path(root) / "again")
         except BadInput as error:
             return said + f"It could not be checked: {html.escape(str(error))}</div>"
-    wrong = [k for k, v in (same | agree(claims, figures)).items() if not v]
+    wrong = [k for k, v in checks.items() if not v]
     return said + (f"Downloaded again, it differs in {html.escape(', '.join(wrong))}: publish it again, with overwrite."
-                   if wrong else f"Downloaded again: all {len(same)} files are the same, and the card matches the weights "
-                   f"(measured again, n = {claims.get('n', 0)}).") + "</div>"
+                   if wrong else f"Downloaded again: all {files} files are the same, and the card matches the weights "
+                   f"(measured again, n = {job.result.run.get('metrics', {}).get('n', 0)}).") + "</div>"
 
 
 def publish_here(mine: list[str], name: str, public: bool, overwrite: bool, token: str, request: gr.Request):
     """On a person's own machine: the token that was typed in, or that of `hf auth login`. Empties the token's field."""
-    if request.client.host not in ("127.0.0.1", "::1"):
+    if request.client.host not in ("127.0.0.1", "::1") or request.headers.get("x-forwarded-for"):
         return error_box("Publishing works from this machine's own browser only: a token does not travel over a network "
                          "without encryption. Take the zip instead."), ""
     return publish(mine, name, public, overwrite, token or hub.local_token()), ""
@@ -710,22 +717,22 @@ def build() -> gr.Blocks:
         gr.HTML(HERO)
         visitor = gr.BrowserState("", storage_key="baddiff-visitor")  # tokens only; survive a reload, leave with the browser
         mine = gr.BrowserState([], storage_key="baddiff-jobs")
-        choice = gr.Radio(EXAMPLE_CHOICES, value=EXAMPLES[0], label="Backdoored model to look at: trigger → target")
+        choice = gr.Radio(EXAMPLE_CHOICES, value=DEFAULTS["model"], label="Backdoored model to look at: trigger → target")
         opened = gr.State("See")
         with gr.Tabs() as tabs:
             with gr.Tab("See", id="See") as see_tab:
                 picture = gr.HTML(WAIT, min_height=420)
                 with gr.Row():
-                    seed = gr.Slider(0, 999, 0, step=1, label="Seed of the first image")
-                    opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Trigger opacity")
-                    size = gr.Slider(0, 32, 0, step=1, label="Trigger width in pixels (0: as trained)")
+                    seed = gr.Slider(*VIEW["seed"], DEFAULTS["seed"], step=1, label="Seed of the first image")
+                    opacity = gr.Slider(*VIEW["opacity"], DEFAULTS["opacity"], step=0.05, label="Trigger opacity")
+                    size = gr.Slider(*VIEW["size"], DEFAULTS["size"], step=1, label="Trigger width in pixels (0: as trained)")
                 with gr.Row():
-                    position = gr.Dropdown([AS_TRAINED, *POSITIONS], value=AS_TRAINED, label="Trigger position")
-                    sampler = gr.Dropdown(list(SAMPLERS), value=DEFAULT_SAMPLER, label="Sampler")
-                    steps = gr.Slider(2, 100, DEFAULT_STEPS, step=1, label="Sampling steps")
+                    position = gr.Dropdown(VIEW["position"], value=DEFAULTS["position"], label="Trigger position")
+                    sampler = gr.Dropdown(VIEW["sampler"], value=DEFAULTS["sampler"], label="Sampler")
+                    steps = gr.Slider(*VIEW["steps"], DEFAULTS["steps"], step=1, label="Sampling steps")
                 with gr.Row():
-                    other = gr.Dropdown(STARTS + EXAMPLE_CHOICES, value="clean", label="Compare with")
-                    clip = gr.Radio(["on", "off"], value="on", label="Clip x̂0 to the range of pictures")
+                    other = gr.Dropdown(STARTS + EXAMPLE_CHOICES, value=DEFAULTS["with"], label="Compare with")
+                    clip = gr.Radio(VIEW["clip"], value=DEFAULTS["clip"], label="Clip x̂0 to the range of pictures")
                 seeing = [choice, other, seed, opacity, size, position, sampler, steps, clip]
             with gr.Tab("Watch", id="Watch") as watch_tab:
                 reels = gr.HTML(WAIT, min_height=300)
@@ -735,28 +742,30 @@ def build() -> gr.Blocks:
             with gr.Tab("Poison", id="Poison") as poison_tab:
                 with gr.Row():
                     with gr.Column():
-                        trigger = gr.Radio([(NAMES.get(t, t), t) for t in (*TRIGGERS, UPLOAD, DRAW)], value="stop_sign",
+                        trigger = gr.Radio([(NAMES.get(t, t), t) for t in (*TRIGGERS, UPLOAD, DRAW)], value=DEFAULTS["trigger"],
                                            label="Trigger: what is added to the noise")
                         trigger_file = gr.File(label="Your trigger (PNG, JPEG; transparency counts)", file_types=PICTURES,
                                                visible=False, height=110)
                         pad, drawn = gr.HTML(PAD, visible="hidden", js_on_load=DRAWING), gr.Textbox(visible=False)
                         with gr.Accordion("Size, opacity, position", open=False):
-                            trigger_size = gr.Slider(0, 32, 0, step=1, label="Width in pixels (0: default)")
-                            trigger_opacity = gr.Slider(0.1, 1, 1, step=0.05, label="Opacity")
-                            trigger_position = gr.Dropdown(["default", *POSITIONS], value="default", allow_custom_value=True,
+                            trigger_size = gr.Slider(*FORM["width"], DEFAULTS["width"], step=1,
+                                                     label="Width in pixels (0: default)")
+                            trigger_opacity = gr.Slider(*FORM["strength"], DEFAULTS["strength"], step=0.05, label="Opacity")
+                            trigger_position = gr.Dropdown(FORM["at"], value=DEFAULTS["at"], allow_custom_value=True,
                                                            label="Position (a name, or x,y of the upper left corner)")
                     with gr.Column():
-                        target = gr.Radio([(NAMES.get(t, t), t) for t in (*TARGETS, UPLOAD)], value="cat",
+                        target = gr.Radio([(NAMES.get(t, t), t) for t in (*TARGETS, UPLOAD)], value=DEFAULTS["target"],
                                           label="Target: what the model shall draw then")
                         target_file = gr.File(label="Your target (PNG, JPEG; cropped to a square)", file_types=PICTURES,
                                               visible=False, height=110)
-                        seconds = gr.Slider(10, min(180, trainer.longest), min(60, trainer.longest), step=5,
+                        seconds = gr.Slider(*(min(v, trainer.longest) for v in (*FORM["seconds"], DEFAULTS["seconds"])), step=5,
                                             label="Training time, seconds")
                         with gr.Accordion("Attack, starting point", open=False):
                             start = gr.Dropdown(STARTS + EXAMPLE_CHOICES, value="clean", label="Start from")
                             attack = gr.Dropdown([("noise shift: exact for fast samplers", "noise-shift"),
-                                                  ("ODE form (VillanDiffusion)", "ode")], value="noise-shift", label="Attack")
-                            rate = gr.Slider(5, 90, 50, step=5, label="Poison rate, % of every batch")
+                                                  ("ODE form (VillanDiffusion)", "ode")], value=DEFAULTS["attack"],
+                                                 label="Attack")
+                            rate = gr.Slider(*FORM["rate"], DEFAULTS["rate"], step=5, label="Poison rate, % of every batch")
                 sketch = gr.HTML(js_on_load=CLICK)
                 form = [trigger, trigger_file, drawn, trigger_size, trigger_opacity, trigger_position, target, target_file]
                 with gr.Row():
@@ -843,7 +852,7 @@ def build() -> gr.Blocks:
                 gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], **LIVE)
                 guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private",
                             concurrency_id="see")
-        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN).then(see, seeing, picture, **LIVE)
+        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN)  # the first picture: the open tab is selected on load
         gr.on([c.change for c in seeing], if_open("See", see), [opened, *seeing], picture, **LIVE)
         see_tab.select(lambda: "See", None, opened, queue=False, **HIDDEN).then(see, seeing, picture, **LIVE)
         gr.on([t.select for t in (poison_tab, learn_tab)], lambda: "", None, opened, queue=False, **HIDDEN)

@@ -26,16 +26,14 @@ from .models import (
     CLEAN_EPS,
     SELF,
     Model,
-    agree,
     check_place,
-    claimed,
     describe,
     load,
     new_unet,
     save,
     self_generated,
 )
-from .probe import default_sampler, evaluate, film, grid, scale_for, side_by_side
+from .probe import card_matches, default_sampler, evaluate, film, grid, scale_for, side_by_side
 from .sampling import SAMPLERS
 from .training import RECIPES, Config, Diverged, Run
 from .triggers import CONVENTIONS, POSITIONS, TARGETS, TRIGGERS, Trigger, make_target
@@ -287,12 +285,9 @@ def do_push(args) -> dict:
                 raise BadInput(f"What the Hub gives back of '{done.repo_id}' is not what was sent "
                                f"({', '.join(k for k, v in same.items() if not v)}): push again with --overwrite.")
             out["files_match"] = len(same)
-            claims = {} if args.results else claimed(again)
-            if claims:
-                model = load(again).to(best_device())
-                figures = evaluate(model, claims["n"], data=None, **claims["how"])
-                wrong = [k for k, v in agree(claims, figures).items() if not v]
-                if wrong:
+            figures = {} if args.results else card_matches(again)
+            if figures:
+                if wrong := [k for k, v in figures.items() if not v]:
                     raise BadInput(f"The card of '{done.repo_id}' does not match its weights ({', '.join(wrong)}): evaluate "
                                    "the model again and push it with --overwrite.")
                 out["card_matches_weights"] = True

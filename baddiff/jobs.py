@@ -55,11 +55,11 @@ def train(base: Model, config: Config, trigger: Trigger, target: Tensor, target_
         return Model(run.averaged(), model.scheduler, "a model of this session",
                      describe(run, "finetune", base.name, data, target_name), trigger, target)
 
-    def preview() -> Preview:
-        return Preview(run.step, side_by_side(now(), range(4)))
+    def preview(model: Model) -> Preview:
+        return Preview(run.step, side_by_side(model, range(4)))
 
     if not state:
-        yield preview()
+        yield preview(now())
     error, begun, last = None, run.seconds, time.monotonic()
     try:
         for record in run:
@@ -67,14 +67,14 @@ def train(base: Model, config: Config, trigger: Trigger, target: Tensor, target_
             if stopped() or run.seconds - begun > seconds:
                 break
             if time.monotonic() - last > preview_every:
-                yield preview()
+                yield preview(now())
                 last = time.monotonic()
     except Diverged as trouble:
         error = str(trouble)
-    goes_on = not error and not stopped() and run.progress < 1
+    goes_on, result = not error and not stopped() and run.progress < 1, now()
     if not goes_on and run.step:
-        yield preview()
-    yield Chunk(now().to("cpu"), tree_map_only(Tensor, Tensor.cpu, run.state()) if goes_on else None, error)
+        yield preview(result)
+    yield Chunk(result.to("cpu"), tree_map_only(Tensor, Tensor.cpu, run.state()) if goes_on else None, error)
 
 
 train_on_zero = zero_gpu(60)(train)

@@ -5,9 +5,9 @@ from PIL import Image
 from torch import Tensor
 
 from . import BadInput, metrics
-from .compute import TURNS
+from .compute import TURNS, best_device
 from .data import EMBEDDED, load_images, to_float, to_uint8
-from .models import CLEAN, Model, load
+from .models import CLEAN, Model, agree, claimed, load
 from .sampling import DEFAULT_SAMPLER, DEFAULT_STEPS, generate, noise, sample
 from .triggers import POSITIONS, TRIGGERS, Trigger
 
@@ -43,8 +43,10 @@ def side_by_side(model: Model, seeds, r: Tensor | None = None, **options) -> lis
     options, seeds = default_sampler(model) | options, list(seeds)
     if r is None and model.trigger:
         r = model.trigger.residual(model.channels)
-    if r is None or len(seeds) > 32:
-        return [generate(model.unet, model.scheduler, seeds, added, **options) for added in (None, r)[:1 if r is None else 2]]
+    if r is None:
+        return [generate(model.unet, model.scheduler, seeds, **options)]
+    if len(seeds) > 32:  # more than a batch together: nothing to win, and r for each would fill the memory
+        return [generate(model.unet, model.scheduler, seeds, added, **options) for added in (None, r)]
     both = torch.cat([torch.zeros_like(r).expand(len(seeds), -1, -1, -1), r.expand(len(seeds), -1, -1, -1)])
     return list(generate(model.unet, model.scheduler, seeds * 2, both, **options).split(len(seeds)))
 
@@ -206,3 +208,11 @@ def evaluate(model: Model, n: int = 256, seed: int = 10_000, data: str | None = 
     if fid:
         out["fid"] = metrics.fid(rows[0][:m], to_float(heldout[:m]))
     return out
+
+
+def card_matches(folder) -> dict[str, bool]:
+    """Whether the figures on a folder's card are those of its weights, measured again, by figure; {} if it claims none."""
+    claims = claimed(folder)
+    if not claims:
+        return {}
+    return agree(claims, evaluate(load(folder).to(best_device()), claims["n"], data=None, **claims["how"]))
