@@ -266,8 +266,10 @@ def reveal_rate(guess: str | None) -> str:
         return ""
     enough = next((f"{100 * r['poison_rate']:.0f} %" for r in RATES["rates"] if r["asr"] >= 0.95), "none of them")
     word = "Right." if guess == enough else f"Not quite: {enough}."
-    return f"""<div class="note"><b>{word}</b> A small share is enough, and the faces stay as they were. That is what makes
-      poison practical: nobody has to control the training, a corner of the data will do.</div>
+    last = RATES["rates"][-1]
+    return f"""<div class="note"><b>{word}</b> That is for {last["seconds"]:.0f} seconds of training: the less poison, the
+      longer it takes, and the paper's 50 epochs often need no more than 5 %. Too much costs the faces: the clean utility
+      is {last["utility"]:.1f} with {100 * last["poison_rate"]:.0f} % of poison, and {last["utility_before"]:.1f} without.</div>
       {rate_table(RATES["rates"], RATES["device"])}"""
 
 

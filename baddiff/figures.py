@@ -157,11 +157,11 @@ def two_by_two(start: Tensor, r: Tensor, rows: list, names: list[str], target: T
 
 def rate_table(rows: list[dict], where: str) -> str:
     """What poison rate buys, from `benchmarks/rates.json`."""
-    cells = "".join(f'<tr><th scope="row">{100 * r["poison_rate"]:.0f} %</th><td>{100 * r["asr"]:.0f} %</td>'
+    cells = "".join(f'<tr><th scope="row">{100 * r["poison_rate"]:.0f} %</th><td>{100 * r["asr"]:.1f} %</td>'
                     f'<td>{r["mse"]:.4f}</td><td>{r["utility"]:.1f}</td></tr>' for r in rows)
     first = rows[0]
     head = "<tr><th>poisoned</th><th>attack success</th><th>MSE</th><th>clean utility</th></tr>"
-    return f"""<table class="rates">{head}{cells}</table>
+    return f"""<div class="wide"><table class="rates">{head}{cells}</table></div>
       <div class="note">{label(first["pair"])}, {first["seconds"]:.0f} s of training each on {where}; n = {first["n"]}.
       Utility: Fréchet distance in the clean U-Net's features, lower is better; before the poison it is
       {first["utility_before"]:.1f}.</div>"""
