@@ -21,7 +21,7 @@ import gradio as gr
 import torch
 
 from baddiff import BadInput, hub, metrics
-from baddiff.compute import best_precision, device_name, on_gpu
+from baddiff.compute import best_precision, device_name, few_arenas, on_gpu
 from baddiff.data import load_images, to_float
 from baddiff.diffusion import Process, forward
 from baddiff.figures import (
@@ -702,6 +702,7 @@ Method: <a href="https://arxiv.org/abs/2212.05400">BadDiffusion</a>, CVPR 2023.<
 
 THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
+COMES = HIDDEN | {"concurrency_limit": None}  # sets `opened`; outside the queue its change would go unseen
 LIVE = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "see", "api_visibility": "private"}
 WAIT = '<div class="wait">Drawing…</div>'
 
@@ -739,8 +740,8 @@ def build() -> gr.Blocks:
             with gr.Tab("Watch", id="Watch") as watch_tab:
                 reels = gr.HTML(WAIT, min_height=300)
                 watching = [choice, seed, sampler, steps, clip]
-                gr.on([c.change for c in watching], if_open("Watch", watch), [opened, *watching], reels, **LIVE)
-                watch_tab.select(lambda: "Watch", None, opened, queue=False, **HIDDEN).then(watch, watching, reels, **LIVE)
+                gr.on([c.change for c in (opened, *watching)], if_open("Watch", watch), [opened, *watching], reels, **LIVE)
+                watch_tab.select(lambda: "Watch", None, opened, **COMES)
             with gr.Tab("Poison", id="Poison") as poison_tab:
                 with gr.Row():
                     with gr.Column():
@@ -825,9 +826,9 @@ def build() -> gr.Blocks:
                 number = gr.Slider(2, 256, 8, step=1, label="Seeds for each answer, n (pictures: at most 16)")
                 found = gr.HTML(WAIT, min_height=240)
                 probing = [choice, question, number]
-                gr.on([question.change, choice.change, number.release], if_open("Probe", probe), [opened, *probing], found,
-                      **LIVE)
-                probe_tab.select(lambda: "Probe", None, opened, queue=False, **HIDDEN).then(probe, probing, found, **LIVE)
+                gr.on([opened.change, question.change, choice.change, number.release], if_open("Probe", probe),
+                      [opened, *probing], found, **LIVE)
+                probe_tab.select(lambda: "Probe", None, opened, **COMES)
             with gr.Tab("Learn", id="Learn") as learn_tab:
                 gr.Markdown("### 1. How the poison is made\nTraining drowns pictures in noise and teaches the model the way "
                             "back. Move the slider: what is left of each picture at the end?")
@@ -854,10 +855,11 @@ def build() -> gr.Blocks:
                 gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], **LIVE)
                 guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private",
                             concurrency_id="see")
-        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN)  # the first picture: the open tab is selected on load
-        gr.on([c.change for c in seeing], if_open("See", see), [opened, *seeing], picture, **LIVE)
-        see_tab.select(lambda: "See", None, opened, queue=False, **HIDDEN).then(see, seeing, picture, **LIVE)
-        gr.on([t.select for t in (poison_tab, learn_tab)], lambda: "", None, opened, queue=False, **HIDDEN)
+        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN).then(  # no tab need be selected for the first picture
+            if_open("See", see), [opened, *seeing], picture, **LIVE)
+        gr.on([c.change for c in (opened, *seeing)], if_open("See", see), [opened, *seeing], picture, **LIVE)
+        see_tab.select(lambda: "See", None, opened, **COMES)
+        gr.on([t.select for t in (poison_tab, learn_tab)], lambda: "", None, opened, **COMES)
         gr.api(list_models, queue=False)
         for look in (generate_images, ask_model, measure_model):
             gr.api(look, concurrency_id="see")
@@ -872,6 +874,7 @@ def main() -> None:
     parser.add_argument("--classroom", action="store_true",
                         help="serve the local network: a longer queue, shorter trainings, one at a time for each student")
     args = parser.parse_args()
+    few_arenas()
     host = None
     if args.classroom:
         trainer.most, trainer.each_address, trainer.longest, trainer.remember = 40, 2, 60.0, 40

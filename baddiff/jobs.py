@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from . import BadInput
-from .compute import ZERO, on_gpu, zero_gpu
+from .compute import ZERO, on_gpu, return_memory, zero_gpu
 from .data import EMBEDDED, load_images
 from .diffusion import Process
 from .models import Model, describe
@@ -223,13 +223,15 @@ class Trainer:
     def _work(self) -> None:
         while not self._closed:
             with self._condition:
-                self._condition.wait_for(lambda: self._queue or self._closed, timeout=60)
+                self._condition.wait_for(lambda: self._queue or self._closed, timeout=20)
                 self._sweep()
                 job = self._queue.popleft() if self._queue else None
                 if job:
                     job.state = "running"  # under the lock: it is always somewhere in `ahead`
             while job and not job.over:
                 self.advance(job)
+            job = None
+            return_memory()
 
     def _stretch(self, job: Job) -> None:
         task = (job.base, job.config, job.trigger, job.target, job.target_name, job.data, job.saved)
