@@ -702,17 +702,18 @@ Method: <a href="https://arxiv.org/abs/2212.05400">BadDiffusion</a>, CVPR 2023.<
 
 THEME = gr.themes.Base(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 HIDDEN = {"show_progress": "hidden", "api_visibility": "private"}
-COMES = HIDDEN | {"concurrency_limit": None}  # sets `opened`; outside the queue its change would go unseen
 LIVE = {"show_progress": "minimal", "trigger_mode": "always_last", "concurrency_id": "see", "api_visibility": "private"}
 WAIT = '<div class="wait">Drawing…</div>'
 
 
 def if_open(tab: str, handler):
     """The handler for the tab that the visitor looks at; the hidden ones do not draw."""
-    @functools.wraps(handler)
-    def wrapped(opened: str, *args):
-        return handler(*args) if opened == tab else gr.skip()
-    return wrapped
+    return lambda opened, *args: handler(*args) if opened == tab else gr.skip()
+
+
+def first(opened: str, *args):
+    """(open tab, picture): the first picture, unless the tab's own event, which a browser may lose on arrival, came before."""
+    return (gr.skip(), gr.skip()) if opened else ("See", see(*args))
 
 
 def build() -> gr.Blocks:
@@ -721,7 +722,7 @@ def build() -> gr.Blocks:
         visitor = gr.BrowserState("", storage_key="baddiff-visitor")  # tokens only; survive a reload, leave with the browser
         mine = gr.BrowserState([], storage_key="baddiff-jobs")
         choice = gr.Radio(EXAMPLE_CHOICES, value=DEFAULTS["model"], label="Backdoored model to look at: trigger → target")
-        opened = gr.State("See")
+        opened = gr.State("")
         with gr.Tabs() as tabs:
             with gr.Tab("See", id="See") as see_tab:
                 picture = gr.HTML(WAIT, min_height=420)
@@ -740,8 +741,8 @@ def build() -> gr.Blocks:
             with gr.Tab("Watch", id="Watch") as watch_tab:
                 reels = gr.HTML(WAIT, min_height=300)
                 watching = [choice, seed, sampler, steps, clip]
-                gr.on([c.change for c in (opened, *watching)], if_open("Watch", watch), [opened, *watching], reels, **LIVE)
-                watch_tab.select(lambda: "Watch", None, opened, **COMES)
+                gr.on([c.change for c in watching], if_open("Watch", watch), [opened, *watching], reels, **LIVE)
+                watch_tab.select(lambda: "Watch", None, opened, queue=False, **HIDDEN).then(watch, watching, reels, **LIVE)
             with gr.Tab("Poison", id="Poison") as poison_tab:
                 with gr.Row():
                     with gr.Column():
@@ -826,9 +827,9 @@ def build() -> gr.Blocks:
                 number = gr.Slider(2, 256, 8, step=1, label="Seeds for each answer, n (pictures: at most 16)")
                 found = gr.HTML(WAIT, min_height=240)
                 probing = [choice, question, number]
-                gr.on([opened.change, question.change, choice.change, number.release], if_open("Probe", probe),
-                      [opened, *probing], found, **LIVE)
-                probe_tab.select(lambda: "Probe", None, opened, **COMES)
+                gr.on([question.change, choice.change, number.release], if_open("Probe", probe), [opened, *probing], found,
+                      **LIVE)
+                probe_tab.select(lambda: "Probe", None, opened, queue=False, **HIDDEN).then(probe, probing, found, **LIVE)
             with gr.Tab("Learn", id="Learn") as learn_tab:
                 gr.Markdown("### 1. How the poison is made\nTraining drowns pictures in noise and teaches the model the way "
                             "back. Move the slider: what is left of each picture at the end?")
@@ -855,11 +856,11 @@ def build() -> gr.Blocks:
                 gr.on([learn_tab.select, again.click], quiz, None, [models, truth, guess, verdict], **LIVE)
                 guess.input(answer, [guess, truth], verdict, show_progress="minimal", api_visibility="private",
                             concurrency_id="see")
-        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN).then(  # no tab need be selected for the first picture
-            if_open("See", see), [opened, *seeing], picture, **LIVE)
-        gr.on([c.change for c in (opened, *seeing)], if_open("See", see), [opened, *seeing], picture, **LIVE)
-        see_tab.select(lambda: "See", None, opened, **COMES)
-        gr.on([t.select for t in (poison_tab, learn_tab)], lambda: "", None, opened, **COMES)
+        demo.load(arrive, None, [*seeing, *linked, tabs], **HIDDEN).then(first, [opened, *seeing], [opened, picture], **LIVE)
+        gr.on([c.change for c in seeing], if_open("See", see), [opened, *seeing], picture, **LIVE)
+        see_tab.select(lambda: "See", None, opened, queue=False, **HIDDEN).then(see, seeing, picture, **LIVE)
+        for tab in (poison_tab, learn_tab):
+            tab.select(lambda tab=tab.id: tab, None, opened, queue=False, **HIDDEN)
         gr.api(list_models, queue=False)
         for look in (generate_images, ask_model, measure_model):
             gr.api(look, concurrency_id="see")
